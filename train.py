@@ -1,0 +1,370 @@
+"""Train reference patch momentum distillation (RPMD).
+
+    python train.py                                                     the embedded toy world, minutes on a laptop
+    python train.py --dataset folder:my-data --steps 2000               your own images, masks and classes.txt
+    python train.py --dataset coco-stuff --data-root DIR                one GPU
+    torchrun --nproc_per_node=8 train.py --dataset coco-stuff --data-root DIR --batch-size 8
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
+
+An interrupted run goes on where it stopped when the same command is given again. Everything lands in --out: log.jsonl (a
+line per logged step), last.pt (checkpoint), results.json, curves.png, examples.png.
+"""
+import argparse
+import contextlib
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import evaluate
+import model as segmenter
+import study
+import toy
+import tpa
+import viz
+from ema import MomentumEncoder
+from losses import (IGNORE, class_prototypes, class_reference_masks, contrast_mask, cpa_loss, patch_labels, reference_mask,
+                    segmentation_loss, spd_loss, total_loss)
+
+# flag: (default with a real CLIP, default with --clip tiny, help). CAT-Seg's values are marked; the paper states none of
+# its own, so the rest are ours.
+RECIPE = {
+    "steps": (80_000, 400, "optimiser steps of joint training (CAT-Seg's)"),
+    "batch-size": (4, 16, "images per step, over all processes (CAT-Seg's)"),
+    "lr": (2e-4, 2e-3, "learning rate of the head (CAT-Seg's)"),
+    "clip-lr-factor": (0.01, 0.3, "learning rate of CLIP's q and v, as a part of --lr (CAT-Seg's)"),
+    "weight-decay": (1e-4, 1e-4, "of AdamW, 0 on norms (CAT-Seg's)"),
+    "clip-grad": (0.01, 1.0, "largest norm of the gradient (CAT-Seg's)"),
+    "image-size": (384, 64, "side of the training crops (CAT-Seg's)"),
+    "channels": (128, 32, "width of the head (CAT-Seg's)"),
+    "jitter": (1.0, 0.2, "strength of the colour jitter, 1 is SSD's (CAT-Seg's; weak where colours have names)"),
+    "lambda-spd": (1.0, 1.0, "weight of SPD, Eq. (6) (ours)"),
+    "lambda-cpa": (1.0, 1.0, "weight of CPA, Eq. (6) (ours)"),
+    "tau": (0.1, 0.1, "temperature of CPA, Eq. (5) (ours)"),
+    "alpha": (0.999, 0.99, "momentum of the momentum encoder (ours)"),
+    "tpa-steps": (200, 10, "warm-up steps of text-to-patch pre-alignment, 0 = off (ours)"),
+    "tpa-lr": (2e-6, 5e-4, "learning rate of that (ours)"),
+    "log-every": (50, 10, "steps between lines in log.jsonl"),
+    "eval-every": (10_000, 200, "steps between evaluations, 0 = only at the end"),
+    "save-every": (1000, 100, "steps between checkpoints"),
+}
+FIXED = ("dataset", "clip", "pretrained", "image_size", "channels", "adapt", "batch_size", "seed")  # cannot change on resume
+
+
+def parse():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--dataset", default="toy", help="toy, toy:N, coco-stuff, folder:PATH (default toy)")
+    p.add_argument("--data-root", help="the folder that holds the datasets")
+    p.add_argument("--out", default="out", help="where everything is written (default out)")
+    p.add_argument("--clip", help="tiny, or an open_clip ViT (default: tiny for toy, else ViT-B-16-quickgelu)")
+    p.add_argument("--pretrained", help="open_clip tag, checkpoint file, toy, or none (default: openai; toy for toy; none for tiny)")
+    p.add_argument("--adapt", default="both", choices=("both", "visual", "text", "none"), help="which encoders train (default both)")
+    p.add_argument("--distill", default="rpmd", choices=("rpmd", "frozen", "none"),
+                   help="rpmd, the same with the original CLIP as a frozen teacher, or none: plain CAT-Seg (default rpmd)")
+    for flag, (real, tiny, text) in RECIPE.items():
+        p.add_argument(f"--{flag}", type=type(real), help=f"{text} (default {real:g}; with the tiny CLIP {tiny:g})")
+    p.add_argument("--spd-features", default="normalised", choices=("normalised", "raw"),
+                   help="what Eq. (2) compares: unit vectors, or CLIP's features as they are (ours; default normalised)")
+    p.add_argument("--ignored", default="negative", choices=("negative", "skip"),
+                   help="unlabelled pixels: negatives of every class, as in CAT-Seg (default), or left out of L_SEG")
+    p.add_argument("--accumulate", type=int, default=1, help="split each step's batch in so many parts (default 1)")
+    p.add_argument("--recompute-head", action="store_true", help="save memory: compute the head again in the backward pass")
+    p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default bf16 where the GPU has it, else fp32")
+    p.add_argument("--workers", type=int, default=None, help="loader processes (default: 4 with a GPU, else 0)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--restart", action="store_true", help="ignore a checkpoint in --out and train anew")
+    args = p.parse_args()
+    args.clip = args.clip or ("tiny" if args.dataset.startswith("toy") else "ViT-B-16-quickgelu")
+    for flag, (real, tiny, _) in RECIPE.items():
+        name = flag.replace("-", "_")
+        if getattr(args, name) is None:
+            setattr(args, name, tiny if args.clip == "tiny" else real)
+    if args.pretrained is None:
+        args.pretrained = "openai" if args.clip != "tiny" else "toy" if args.dataset.startswith("toy") else "none"
+    cuda = torch.cuda.is_available()
+    args.precision = args.precision or ("bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32")
+    args.workers = args.workers if args.workers is not None else 4 * cuda
+    if args.adapt in ("visual", "none"):
+        args.tpa_steps = 0  # the text encoder stays as it is
+    return args
+
+
+def build_model(args, rank, device):
+    """The segmenter at its start, with the CLIP that --pretrained names. Process 0 pre-trains the toy world's if need be."""
+    pretrained = None if args.pretrained == "none" else args.pretrained
+    if pretrained == "toy":
+        world_seed = int(args.dataset.partition(":")[2] or 0) if args.dataset.startswith("toy") else 0
+        if rank == 0:
+            toy.clip_checkpoint(world_seed)
+        if dist.is_initialized():
+            dist.barrier()
+        pretrained = str(toy.clip_checkpoint(world_seed))
+    torch.manual_seed(args.seed)                                                           # the head's initial weights
+    model = segmenter.build(args.clip, pretrained, args.image_size, args.channels)
+    model.set_trained(args.adapt)
+    model.head.recompute = args.recompute_head
+    return model.to(device)
+
+
+def build_optimiser(model, args):
+    """AdamW: head at --lr, CLIP at --clip-lr-factor of it, no weight decay on norms. Groups remember their base rate."""
+    norms = {p for m in model.head.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm)) for p in m.parameters()}
+    head = list(model.head.parameters())
+    clip = [p for part in (model.image_encoder, model.text_encoder) for p in part.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in head if p not in norms], base_lr=args.lr, weight_decay=args.weight_decay),
+              dict(params=[p for p in head if p in norms], base_lr=args.lr, weight_decay=0.0),
+              dict(params=clip, base_lr=args.lr * args.clip_lr_factor, weight_decay=args.weight_decay)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr)
+
+
+def set_learning_rate(optimiser, step, steps):
+    """Cosine from each group's base rate to 0."""
+    for group in optimiser.param_groups:
+        group["lr"] = group["base_lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def step_losses(model, momentum, images, target, tokens, args, stop=False):
+    """Everything the paper defines, for one batch. model: Segmenter, or DDP around one. momentum: None for --distill none.
+
+    Returns (loss, figures, stop). loss is L_total, scaled so that the mean over processes of its gradient is the
+    gradient on the joined batch: SPD and CPA average over the images that have reference patches, and a process may have
+    more of them than another. figures: this process's share of the logged sums. stop: whether any process asked for it.
+    """
+    net = getattr(model, "module", model)
+    amp = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    with torch.autocast(images.device.type, amp, enabled=amp is not None):
+        logits, patches, text = model(images, tokens)                                      # [B,K,4H,4W], V [B,L,D], T [K,D]
+        momentum_patches = momentum.encode_image(images) if momentum else patches.detach() # V^M [B,L,D]
+    logits, patches, text, momentum_patches = (t.float() for t in (logits, patches, text, momentum_patches))
+
+    labels = patch_labels(target, net.grid)                                                # G [B,L]
+    mask = reference_mask(momentum_patches, text, labels)                                  # Eq. (1)
+    unit = (lambda v: F.normalize(v, dim=-1)) if args.spd_features == "normalised" else (lambda v: v)
+    spd = spd_loss(unit(patches), unit(momentum_patches), mask)                            # Eq. (2)
+    class_masks = class_reference_masks(mask, labels, len(text))                           # Eq. (3)
+    prototypes, valid = class_prototypes(momentum_patches, class_masks)                    # Eq. (4)
+    correct = reference_mask(patches, text, labels)
+    cpa = cpa_loss(patches, prototypes, valid, labels, correct, args.tau)                  # Eq. (5)
+    seg = segmentation_loss(logits, target, args.ignored)
+
+    q = contrast_mask(valid, labels, correct)
+    counted = (target != IGNORE).sum() if args.ignored == "skip" else torch.tensor(target.numel(), device=target.device)
+    counts = torch.stack([counted, mask.any(-1).sum(), q.any(-1).sum(), torch.tensor(int(stop), device=target.device)]).double()
+    total, world = counts.clone(), 1
+    if dist.is_initialized():
+        world = dist.get_world_size()
+        dist.all_reduce(total)
+    w_seg, w_spd, w_cpa = (world * counts[:3] / total[:3].clamp(min=1)).float()
+    seg, spd, cpa = w_seg * seg, w_spd * spd, w_cpa * cpa
+    weights = (args.lambda_spd, args.lambda_cpa) if momentum else (0.0, 0.0)
+    loss = total_loss(seg, spd, cpa, *weights)                                             # Eq. (6)
+    figures = torch.stack([seg, spd, cpa, loss, mask.sum(), (labels != IGNORE).sum(), q.sum()]).detach().double()
+    return loss, figures, bool(total[3])
+
+
+def train(args, rank, world, device):
+    if args.batch_size % (world * args.accumulate):
+        raise ValueError(f"--batch-size {args.batch_size} does not divide among {world} processes x --accumulate {args.accumulate}")
+    say = tqdm.write if rank == 0 else lambda *_: None
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    # data and model
+    train_set, val_set = (data.open_dataset(args.dataset, args.data_root, split) for split in ("train", "val"))
+    say(f"{args.dataset}: {len(train_set)} training images of {len(train_set.names)} classes, "
+        f"{len(val_set)} validation images of {len(val_set.names)}")
+    crops = data.TrainingCrops(train_set, args.image_size, args.seed, args.jitter)
+    per_pass = args.batch_size // world // args.accumulate
+    loader = lambda dataset, start, stop: data.batches(dataset, per_pass, start, stop, rank, world, args.workers)
+    model = build_model(args, rank, device)
+    tokens, val_tokens = model.tokenize(train_set.names), model.tokenize(val_set.names)
+    original = MomentumEncoder(model, alpha=1.0)                                           # the original CLIP, to compare with
+    with torch.no_grad():
+        original_text, original_val_text = model.encode_text(tokens), model.encode_text(val_tokens)
+
+    def measure(model, momentum=None):
+        """Share of reference patches in training, drift of the original's reference patches in validation: 64 crops each."""
+        probe = range(0, max(1, 64 // (per_pass * world)))
+        val_crops = data.TrainingCrops(val_set, args.image_size, args.seed, 0.0)
+        share, _ = study.reference_statistics(model, original, original_text, tokens, loader(crops, 0, len(probe)), device, momentum)
+        _, drift = study.reference_statistics(model, original, original_val_text, val_tokens, loader(val_crops, 0, len(probe)), device)
+        return {"reference_share": share, "reference_drift": drift}
+
+    def score(zero_shot=False):
+        sliding = not args.dataset.startswith("toy")
+        confusion = evaluate.evaluate(model, val_set, device, sliding, zero_shot, rank, world, "zero-shot" if zero_shot else "evaluating")
+        result = evaluate.summary(confusion, val_set.names, train_set.names)
+        return {k: v for k, v in result.items() if k != "classes"}, result["classes"]
+
+    # resume, or zero-shot figures and TPA
+    last, log = out / "last.pt", out / "log.jsonl"
+    state = None if args.restart or not last.exists() else segmenter.read_checkpoint(last)
+    if state:
+        check_flags(args, state, last, say)
+        segmenter.load_state(model, state["model"], last)
+        facts, first = state["facts"], state["step"]
+        say(f"going on from {last} at step {first}")
+    else:
+        facts, first = {"zero_shot": score(zero_shot=True)[0], "before_tpa": measure(model)}, 0
+        if args.tpa_steps:
+            steps = loader(crops, 0, args.tpa_steps)
+            tpa.pre_align(model, tokens, steps, args.tpa_lr, device, lambda it: tqdm(it, "TPA", disable=rank > 0, leave=False))
+            facts["after_tpa"] = measure(model)
+            say("TPA: share of reference patches {reference_share:.3f}".format(**facts["before_tpa"]) +
+                " -> {reference_share:.3f}".format(**facts["after_tpa"]))
+
+    # momentum encoder, optimiser, DDP
+    momentum = None if args.distill == "none" else MomentumEncoder(model, 1.0 if args.distill == "frozen" else args.alpha)
+    optimiser = build_optimiser(model, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    if state:
+        optimiser.load_state_dict(state["optimiser"])
+        scaler.load_state_dict(state["scaler"])
+        if momentum:
+            momentum.load_state_dict(state["momentum"])
+    ddp = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def save(step):
+        if rank == 0:
+            contents = dict(config=model.config, model=model.state_dict(), optimiser=optimiser.state_dict(),
+                            momentum=momentum.state_dict() if momentum else None, scaler=scaler.state_dict(),
+                            step=step, args=vars(args), facts=facts, names=train_set.names)
+            torch.save(contents, last.with_suffix(".tmp"))
+            last.with_suffix(".tmp").replace(last)
+
+    if rank == 0:
+        keep = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= first] if state and log.exists() else []
+        log.write_text("".join(line + "\n" for line in keep))
+    record = lambda **line: rank == 0 and log.open("a").write(json.dumps(line) + "\n")
+    save(first)
+
+    # joint training
+    stop = Interruption()
+    bar = tqdm(total=args.steps, initial=first, desc="training", disable=rank > 0)
+    micro_batches = iter(loader(crops, first * args.accumulate, args.steps * args.accumulate))
+    for step in range(first + 1, args.steps + 1):
+        begin = time.time()
+        ddp.train()
+        set_learning_rate(optimiser, step - 1, args.steps)
+        figures, paths, halt = 0, [], False
+        for part in range(args.accumulate):
+            images, target, names = next(micro_batches)
+            paths += names
+            lazy = ddp.no_sync() if world > 1 and part < args.accumulate - 1 else contextlib.nullcontext()
+            with lazy:
+                loss, sums, asked = step_losses(ddp, momentum, images.to(device), target.to(device), tokens, args, stop.asked)
+                scaler.scale(loss / args.accumulate).backward()
+            figures, halt = figures + sums, halt or asked
+        scaler.unscale_(optimiser)
+        grad_norm = nn.utils.clip_grad_norm_(trained, args.clip_grad)
+        if not math.isfinite(grad_norm) and not scaler.is_enabled():
+            raise ValueError(non_finite(step, figures, paths, last))
+        scaler.step(optimiser)
+        scaler.update()
+        optimiser.zero_grad()
+        if momentum:
+            momentum.update()
+
+        if step % args.log_every == 0 or step == args.steps:
+            if world > 1:
+                dist.all_reduce(figures)
+            seg, spd, cpa, total = (figures[:4] / world / args.accumulate).tolist()
+            memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+            record(step=step, segmentation_loss=seg, spd_loss=spd, cpa_loss=cpa, total_loss=total,
+                   reference_share=(figures[4] / figures[5].clamp(min=1)).item(), contrast_patches=int(figures[6]),
+                   lr=optimiser.param_groups[0]["lr"], lr_clip=optimiser.param_groups[-1]["lr"], grad_norm=float(grad_norm),
+                   seconds=round(time.time() - begin, 3), memory_gb=round(memory, 2))
+            bar.set_postfix(seg=f"{seg:.3f}", spd=f"{spd:.3f}", cpa=f"{cpa:.3f}", ref=f"{(figures[4] / figures[5].clamp(min=1)).item():.2f}")
+        bar.update()
+        if halt and step < args.steps:
+            save(step)
+            bar.close()
+            say(f"stopped after step {step} as asked; the same command goes on from {last}")
+            return 130
+        if args.eval_every and step % args.eval_every == 0 and step < args.steps:
+            record(step=step, **score()[0], **measure(model, momentum))
+            rank == 0 and viz.curves(log, out / "curves.png")
+        if step % args.save_every == 0 or step == args.steps:
+            save(step)
+    bar.close()
+
+    # the end: evaluate, print, draw
+    scores, classes = score()
+    end = measure(model, momentum)
+    if not log.exists() or all(json.loads(line).get("mIoU_union") is None or json.loads(line)["step"] < args.steps for line in log.read_text().splitlines()):
+        record(step=args.steps, **scores, **end)
+    if rank == 0:
+        (out / "results.json").write_text(json.dumps(dict(args=vars(args), **facts, trained=scores, end=end, classes=classes), indent=1))
+        columns = ["seen", "unseen", "harmonic"] if "seen" in scores else ["mIoU_ground_truth", "mIoU_union"]
+        say("\nmIoU in per cent on the validation images")
+        say(evaluate.table([["", *columns], ["CLIP, zero-shot", *(facts["zero_shot"][c] for c in columns)],
+                            [f"trained (--distill {args.distill})", *(scores[c] for c in columns)]]))
+        say("\n" + evaluate.table([["reference patches", "at the start", "after TPA", "at the end"]] + [
+            [text, *(f"{m[key]:.3f}" if m else "-" for m in (facts["before_tpa"], facts.get("after_tpa"), end))]
+            for text, key in (("share of the labelled patches", "reference_share"), ("drift from the original CLIP", "reference_drift"))]))
+        viz.curves(log, out / "curves.png")
+        study.example_sheet(model, original, original_val_text, momentum, val_set, not args.dataset.startswith("toy")).save(out / "examples.png")
+        say(f"\nwritten to {out}: examples.png, curves.png, results.json, log.jsonl, last.pt")
+    return 0
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM ask for a stop after the running step instead of ending the process; a second Ctrl-C ends it."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def check_flags(args, state, path, say):
+    """Refuse to go on from a checkpoint under another model or data order; list the flags that changed otherwise."""
+    if "args" not in state:
+        raise ValueError(f"{path} is no checkpoint of train.py: use another --out")
+    changed = {k: (state["args"].get(k), v) for k, v in vars(args).items() if state["args"].get(k) != v and k not in ("out", "restart")}
+    for name, (before, now) in changed.items():
+        flag = "--" + name.replace("_", "-")
+        if name in FIXED or (name == "distill" and "none" in (before, now)):
+            raise ValueError(f"{flag} {now} does not go with {path}, which was trained with {flag} {before}: use another --out, or --restart")
+        say(f"{flag} is now {now}, was {before}")
+
+
+def non_finite(step, figures, paths, last):
+    terms = [name for name, v in zip(("segmentation_loss", "spd_loss", "cpa_loss"), figures.tolist()) if not math.isfinite(v)]
+    what = f"{' and '.join(terms)} became NaN or infinite" if terms else "the gradient became NaN or infinite, while the losses were finite"
+    return f"step {step}: {what}; images {', '.join(paths)}; nothing was written after {last}"
+
+
+def main():
+    args = parse()
+    rank, world, device = evaluate.start_processes()
+    try:
+        status = train(args, rank, world, device)
+    except (ValueError, OSError) as e:
+        lines = str(e).strip().splitlines()
+        sys.exit(f"error: {lines[-1].removeprefix('data.DataError: ')}")                   # a loader process adds its traceback before
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if world > 1:
+        dist.destroy_process_group()
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

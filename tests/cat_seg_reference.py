@@ -1,0 +1,178 @@
+"""CAT-Seg written down literally and slowly, as a second opinion on model.py: no shared code, CAT-Seg's own names.
+
+Everything that model.py avoids is done here: the full context of the text encoder, guidance repeated for each class, the
+class axis padded to 256, one-hot targets. State dicts use the names of CAT-Seg's published checkpoints.
+"""
+import torch
+import torch.nn.functional as F
+
+CLIP, HEAD = "sem_seg_head.predictor.clip_model.", "sem_seg_head.predictor.transformer."
+
+
+def linear(s, name, x):
+    return x @ s[name + ".weight"].T + s[name + ".bias"]
+
+
+def norm(s, name, x):
+    return F.layer_norm(x, x.shape[-1:], s[name + ".weight"], s[name + ".bias"])
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+def clip_attention(s, name, x, heads, mask=None):
+    n, width = x.shape[1:]
+    bias = s[name + ".in_proj_bias"].chunk(3)
+    q, k, v = (x @ s[f"{name}.{c}_proj_weight"].T + b for c, b in zip("qkv", bias))
+    out = torch.zeros_like(x)
+    d = width // heads
+    for h in range(heads):
+        part = slice(h * d, h * d + d)
+        scores = q[..., part] @ k[..., part].transpose(1, 2) / d ** 0.5
+        out[..., part] = (scores if mask is None else scores + mask).softmax(-1) @ v[..., part]
+    return linear(s, name + ".out_proj", out)
+
+
+def mlp(s, name, x):
+    return linear(s, name + ".c_proj", quick_gelu(linear(s, name + ".c_fc", x)))
+
+
+def encode_image(s, images, layers, heads, patch, side):
+    v = CLIP + "visual."
+    images = F.interpolate(images, (side * patch, side * patch), mode="bilinear", align_corners=False) if images.shape[-1] != side * patch else images
+    x = F.conv2d(images, s[v + "conv1.weight"], stride=patch).flatten(2).transpose(1, 2)
+    x = torch.cat([s[v + "class_embedding"].expand(len(x), 1, -1), x], 1)
+    pos = s[v + "positional_embedding"]
+    n = round((len(pos) - 1) ** 0.5)
+    if n != side:
+        image_pos = F.interpolate(pos[1:].reshape(1, n, n, -1).permute(0, 3, 1, 2), (side, side), mode="bicubic", align_corners=False)
+        pos = torch.cat([pos[:1], image_pos.permute(0, 2, 3, 1).reshape(side * side, -1)])
+    x = norm(s, v + "ln_pre", x + pos)
+    middle = []
+    for i in range(layers - 1):
+        b = f"{v}transformer.resblocks.{i}."
+        x = x + clip_attention(s, b + "attn", norm(s, b + "ln_1", x), heads)
+        x = x + mlp(s, b + "mlp", norm(s, b + "ln_2", x))
+        if i + 1 in (layers // 3, 2 * layers // 3):
+            middle.append(x[:, 1:].reshape(len(x), side, side, -1).permute(0, 3, 1, 2))
+    b = f"{v}transformer.resblocks.{layers - 1}."
+    value = norm(s, b + "ln_1", x) @ s[b + "attn.v_proj_weight"].T + s[b + "attn.in_proj_bias"].chunk(3)[2]
+    x = linear(s, b + "attn.out_proj", value) + x[:, :1]
+    x = x + mlp(s, b + "mlp", norm(s, b + "ln_2", x))
+    return (norm(s, v + "ln_post", x) @ s[v + "proj"])[:, 1:], middle
+
+
+def encode_text(s, tokens, layers, heads):
+    n = tokens.shape[1]
+    x = s[CLIP + "token_embedding.weight"][tokens] + s[CLIP + "positional_embedding"][:n]
+    mask = torch.full((n, n), float("-inf")).triu(1)
+    for i in range(layers):
+        b = f"{CLIP}transformer.resblocks.{i}."
+        x = x + clip_attention(s, b + "attn", norm(s, b + "ln_1", x), heads, mask)
+        x = x + mlp(s, b + "mlp", norm(s, b + "ln_2", x))
+    x = norm(s, CLIP + "ln_final", x)
+    x = torch.stack([row[t.argmax()] for row, t in zip(x, tokens)]) @ s[CLIP + "text_projection"]
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def swin_block(s, name, x, guidance, window, shift, heads=4):
+    """x, guidance [N,H,W,C] -> [N,H,W,C]."""
+    H, W, C = x.shape[1:]
+    d, shortcut, x = C // heads, x, norm(s, name + ".norm1", x)
+    both = torch.cat([x, guidance], -1)
+    region = torch.zeros(H, W)
+    if shift:
+        both, x = (t.roll((-shift, -shift), (1, 2)) for t in (both, x))
+        for i, rows in enumerate((slice(0, -window), slice(-window, -shift), slice(-shift, None))):
+            for j, cols in enumerate((slice(0, -window), slice(-window, -shift), slice(-shift, None))):
+                region[rows, cols] = 3 * i + j
+    out = torch.zeros_like(x)
+    for top in range(0, H, window):
+        for left in range(0, W, window):
+            here = (slice(None), slice(top, top + window), slice(left, left + window))
+            q, k = (linear(s, f"{name}.attn.{c}", both[here].flatten(1, 2)) for c in "qk")
+            v, r = linear(s, name + ".attn.v", x[here].flatten(1, 2)), region[here[1:]].flatten()
+            mask = torch.where(r[:, None] == r[None], 0.0, -100.0)
+            heads_out = []
+            for h in range(heads):
+                part = slice(h * d, h * d + d)
+                weights = ((q[..., part] * d ** -0.5) @ k[..., part].transpose(1, 2) + mask).softmax(-1)
+                heads_out.append(weights @ v[..., part])
+            out[here] = linear(s, name + ".attn.proj", torch.cat(heads_out, -1)).unflatten(1, (window, window))
+    x = shortcut + (out.roll((shift, shift), (1, 2)) if shift else out)
+    return x + linear(s, name + ".mlp.fc2", F.gelu(linear(s, name + ".mlp.fc1", norm(s, name + ".norm2", x))))
+
+
+def class_aggregation(s, name, x, guidance, pool, heads=4):
+    """x [B,K,H,W,C], text guidance [B,K,C] -> [B,K,H,W,C]."""
+    B, K, H, W, C = x.shape
+    full, padding = x, max(256 - K, 0)
+    x = F.avg_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), pool)
+    h, w = x.shape[2:]
+    x = x.reshape(B, K, C, h * w).permute(0, 3, 1, 2).reshape(B * h * w, K, C)
+    guidance = guidance[:, None].expand(-1, h * w, -1, -1).reshape(B * h * w, K, C)
+    x = torch.cat([x, s[name + ".padding_tokens"].expand(len(x), padding, -1)], 1)
+    guidance = torch.cat([guidance, s[name + ".padding_guidance"].expand(len(x), padding, -1)], 1)
+    y = norm(s, name + ".norm1", x)
+    both = torch.cat([y, guidance], -1)
+    q, k, v = (linear(s, f"{name}.attention.{c}", t).reshape(len(x), -1, heads, C // heads) for c, t in zip("qkv", (both, both, y)))
+    q, k, length = F.elu(q) + 1, F.elu(k) + 1, q.shape[1]
+    kv = torch.einsum("nshd,nshv->nhdv", k, v / length)
+    z = 1 / (torch.einsum("nlhd,nhd->nlh", q, k.sum(1)) + 1e-6)
+    x = x + (torch.einsum("nlhd,nhdv,nlh->nlhv", q, kv, z) * length).reshape(len(x), -1, C)
+    y = norm(s, name + ".norm2", x)
+    x = x + linear(s, name + ".MLP.2", linear(s, name + ".MLP.0", y).relu())
+    x = x[:, :K].reshape(B, h, w, K, C).permute(0, 3, 4, 1, 2).flatten(0, 1)
+    x = F.interpolate(x, (H, W), mode="bilinear", align_corners=True).permute(0, 2, 3, 1).reshape(B, K, H, W, C)
+    return full + x
+
+
+def double_conv(s, name, x):
+    for conv, group in ((0, 1), (3, 4)):
+        x = F.conv2d(x, s[f"{name}.double_conv.{conv}.weight"], padding=1)
+        x = F.group_norm(x, max(1, x.shape[1] // 16), s[f"{name}.double_conv.{group}.weight"], s[f"{name}.double_conv.{group}.bias"]).relu()
+    return x
+
+
+def head(s, patches, middle, text, side, pool, window):
+    """patches [B,L,D], text [B,K,D] -> logits [B,K,4*side,4*side]."""
+    B, K = text.shape[:2]
+    conv = lambda name, x, **k: F.conv2d(x, s[name + ".weight"], s[name + ".bias"], **k)
+    up = lambda name, x, n: F.conv_transpose2d(x, s[name + ".weight"], s[name + ".bias"], stride=n)
+    v = patches.transpose(1, 2).reshape(B, -1, side, side)
+    cost = torch.einsum("bdhw,bkd->bkhw", F.normalize(v, dim=1), F.normalize(text, dim=-1))
+    x = conv(HEAD + "conv1", cost.reshape(B * K, 1, side, side), padding=3).permute(0, 2, 3, 1)
+    image = conv(HEAD + "guidance_projection.0", v, padding=1).relu().permute(0, 2, 3, 1)
+    words = linear(s, HEAD + "text_guidance_projection.0", text).relu()
+    for i in range(2):
+        layer = f"{HEAD}layers.{i}."
+        guidance = norm(s, layer + "swin_block.guidance_norm", image).repeat_interleave(K, 0)
+        x = swin_block(s, layer + "swin_block.block_1", x, guidance, window, 0)
+        x = swin_block(s, layer + "swin_block.block_2", x, guidance, window, window // 2)
+        x = class_aggregation(s, layer + "attention", x.unflatten(0, (B, K)), words, pool).flatten(0, 1)
+    x = x.permute(0, 3, 1, 2)
+    for i in (1, 2):
+        g = up(f"upsample{i}", middle[i - 1], 2 * i)
+        g = conv(f"{HEAD}decoder_guidance_projection.{i - 1}.0", g, padding=1).relu().repeat_interleave(K, 0)
+        x = double_conv(s, f"{HEAD}decoder{i}.conv", torch.cat([up(f"{HEAD}decoder{i}.up", x, 2), g], 1))
+    return conv(HEAD + "head", x, padding=1).reshape(B, K, 4 * side, 4 * side)
+
+
+def top_256(s, patches, middle, text, side, pool, window):
+    """Each image keeps the 256 classes with the highest cosine anywhere; the others get -100."""
+    cosine = torch.einsum("bld,kd->bkl", F.normalize(patches, dim=-1), text)
+    logits = torch.full((len(patches), len(text), 4 * side, 4 * side), -100.0)
+    for b in range(len(patches)):
+        kept = cosine[b].max(-1).values.argsort(descending=True)[:256]
+        logits[b, kept] = head(s, patches[b:b + 1], [m[b:b + 1] for m in middle], text[kept][None], side, pool, window)[0]
+    return logits
+
+
+def loss(logits, target):
+    """target [B,H,W] with -1 where ignored."""
+    logits = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)
+    one_hot = torch.zeros_like(logits)
+    for k in range(logits.shape[1]):
+        one_hot[:, k] = (target == k).float()
+    return F.binary_cross_entropy_with_logits(logits, one_hot)

@@ -185,7 +185,7 @@ def train(args, rank, world, device):
         f"{len(val_set)} validation images of {len(val_set.names)}")
     crops = data.TrainingCrops(train_set, args.image_size, args.seed, args.jitter)
     per_pass = args.batch_size // world // args.accumulate
-    loader = lambda dataset, start, stop: data.batches(dataset, per_pass, start, stop, rank, world, args.workers)
+    loader = lambda dataset, start, stop, size=args.batch_size // world: data.batches(dataset, size, start, stop, rank, world, args.workers)
     model = build_model(args, rank, device)
     tokens, val_tokens = model.tokenize(train_set.names), model.tokenize(val_set.names)
     original = MomentumEncoder(model, alpha=1.0)                                           # the original CLIP, to compare with
@@ -194,10 +194,10 @@ def train(args, rank, world, device):
 
     def measure(model, momentum=None):
         """Share of reference patches in training, drift of the original's reference patches in validation: 64 crops each."""
-        probe = range(0, max(1, 64 // (per_pass * world)))
+        passes = max(1, 64 // args.batch_size)
         val_crops = data.TrainingCrops(val_set, args.image_size, args.seed, 0.0)
-        share, _ = study.reference_statistics(model, original, original_text, tokens, loader(crops, 0, len(probe)), device, momentum)
-        _, drift = study.reference_statistics(model, original, original_val_text, val_tokens, loader(val_crops, 0, len(probe)), device)
+        share, _ = study.reference_statistics(model, original, original_text, tokens, loader(crops, 0, passes), device, momentum)
+        _, drift = study.reference_statistics(model, original, original_val_text, val_tokens, loader(val_crops, 0, passes), device)
         return {"reference_share": share, "reference_drift": drift}
 
     def score(zero_shot=False):
@@ -213,7 +213,8 @@ def train(args, rank, world, device):
         check_flags(args, state, last, say)
         segmenter.load_state(model, state["model"], last)
         facts, first = state["facts"], state["step"]
-        say(f"going on from {last} at step {first}")
+        say(f"going on from {last} at step {first}" if first < args.steps else
+            f"{last} is complete: evaluating it again; --restart trains anew")
     else:
         facts, first = {"zero_shot": score(zero_shot=True)[0], "before_tpa": measure(model)}, 0
         if args.tpa_steps:
@@ -244,22 +245,23 @@ def train(args, rank, world, device):
             last.with_suffix(".tmp").replace(last)
 
     if rank == 0:
-        keep = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= first] if state and log.exists() else []
-        log.write_text("".join(line + "\n" for line in keep))
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if state and log.exists() else []
+        keep = [l for l in lines if l["step"] <= first and not (l["step"] == args.steps and "mIoU_union" in l)]
+        log.write_text("".join(json.dumps(l) + "\n" for l in keep))
     record = lambda **line: rank == 0 and log.open("a").write(json.dumps(line) + "\n")
     save(first)
 
     # joint training
     stop = Interruption()
     bar = tqdm(total=args.steps, initial=first, desc="training", disable=rank > 0)
-    micro_batches = iter(loader(crops, first * args.accumulate, args.steps * args.accumulate))
+    parts = iter(loader(crops, first * args.accumulate, args.steps * args.accumulate, per_pass))
     for step in range(first + 1, args.steps + 1):
         begin = time.time()
         ddp.train()
         set_learning_rate(optimiser, step - 1, args.steps)
         figures, paths, halt = 0, [], False
         for part in range(args.accumulate):
-            images, target, names = next(micro_batches)
+            images, target, names = next(parts)
             paths += names
             lazy = ddp.no_sync() if world > 1 and part < args.accumulate - 1 else contextlib.nullcontext()
             with lazy:
@@ -302,8 +304,7 @@ def train(args, rank, world, device):
     # the end: evaluate, print, draw
     scores, classes = score()
     end = measure(model, momentum)
-    if not log.exists() or all(json.loads(line).get("mIoU_union") is None or json.loads(line)["step"] < args.steps for line in log.read_text().splitlines()):
-        record(step=args.steps, **scores, **end)
+    record(step=args.steps, **scores, **end)
     if rank == 0:
         (out / "results.json").write_text(json.dumps(dict(args=vars(args), **facts, trained=scores, end=end, classes=classes), indent=1))
         columns = ["seen", "unseen", "harmonic"] if "seen" in scores else ["mIoU_ground_truth", "mIoU_union"]

@@ -1,0 +1,117 @@
+"""Evaluation: sliding windows, chunks of classes, confusion matrices, both mIoU, and shards over processes."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import evaluate
+from conftest import run
+from losses import IGNORE
+
+
+def photo(width, height, seed=0):
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 255, (height // 10, width // 10, 3), dtype=np.uint8)).resize((width, height))
+
+
+def by_hand(model, image, names):
+    """The specification of CAT-Seg's inference for image_size 64 (canvas 107, windows at 0 and 43), step by step."""
+    width, height = image.size
+    scale = 107 / min(image.size)
+    x = data.normalise(image.resize((int(width * scale + 0.5), int(height * scale + 0.5)), Image.Resampling.BILINEAR))[None]
+    up = lambda t, *size: F.interpolate(t, size, mode="bilinear", align_corners=False)
+    square, small, tokens = up(x, 107, 107), up(x, 64, 64), model.tokenize(names)
+    prob = lambda view: up(model(view, tokens)[0], 64, 64).sigmoid()
+    total, count = torch.zeros(1, len(names), 107, 107), torch.zeros(107, 107)
+    for top in (0, 43):
+        for left in (0, 43):
+            total[..., top:top + 64, left:left + 64] += prob(square[..., top:top + 64, left:left + 64])
+            count[top:top + 64, left:left + 64] += 1
+    return up((total / count + up(prob(small), 107, 107)) / 2, height, width)
+
+
+@pytest.mark.parametrize("size", [(130, 90), (90, 130)])
+def test_sliding_windows_by_hand(tiny, size):
+    tiny.eval()
+    image, names = photo(*size), [f"thing {i}" for i in range(5)]
+    with torch.no_grad():
+        expected, text = by_hand(tiny, image, names), tiny.encode_text(tiny.tokenize(names))
+    got = torch.cat([s for _, s in evaluate.class_scores(tiny, image, text, chunk=2)], 1)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    labels = evaluate.segment(tiny, image, names)
+    assert labels.shape == size[::-1] and labels.dtype == torch.int64
+    assert torch.equal(labels, expected[0].argmax(0))
+    assert torch.equal(labels, evaluate.segment(tiny, image, names, chunk=2))              # chunks change no label
+
+
+def test_zero_shot_is_clips_own_argmax(tiny):
+    image, names = photo(64, 64), ["red", "green", "blue"]
+    with torch.no_grad():
+        patches, text = tiny.encode_image(data.normalise(image)[None])[0], tiny.encode_text(tiny.tokenize(names))
+        cosine = F.cosine_similarity(patches[0, :, None], text, dim=-1).T.reshape(1, 3, 8, 8)
+        expected = F.interpolate(cosine, (64, 64), mode="bilinear", align_corners=False)[0].argmax(0)
+    got = evaluate.label_map(tiny, image, text, sliding=False, zero_shot=True)
+    assert torch.equal(got, expected) and len(got.unique()) > 1
+
+
+def random_maps(seed, K=6):
+    """Labels without class 4, predictions without class 5, some pixels ignored; class 4 is only predicted."""
+    rng = np.random.default_rng(seed)
+    labels, prediction = rng.choice([-1, 0, 1, 2, 3, 5], (40, 50)), rng.integers(0, 5, (40, 50))
+    return torch.from_numpy(prediction), torch.from_numpy(labels)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_confusion_and_both_miou_equal_sets(seed):
+    K, (prediction, labels) = 6, random_maps(seed)
+    confusion = evaluate.confusion_matrix(prediction, labels, K)
+    pairs = [(g, p) for g, p in zip(labels.flatten().tolist(), prediction.flatten().tolist()) if g != IGNORE]
+    assert confusion.tolist() == [[pairs.count((g, p)) for p in range(K)] for g in range(K)]
+    iou = {}
+    for k in range(K):
+        union = sum(g == k or p == k for g, p in pairs)
+        iou[k] = sum(g == k and p == k for g, p in pairs) / union if union else None
+    labelled = [iou[k] for k in range(K) if any(g == k for g, _ in pairs)]
+    everything = [v for v in iou.values() if v is not None]
+    assert len(labelled) == 5 and len(everything) == 6
+    result = evaluate.mean_iou(confusion)
+    assert result["ground_truth"] == pytest.approx(sum(labelled) / 5) and result["union"] == pytest.approx(sum(everything) / 6)
+    some = evaluate.mean_iou(confusion, [0, 4])
+    assert some["ground_truth"] == pytest.approx(iou[0]) and some["union"] == pytest.approx((iou[0] + iou[4]) / 2)
+    assert math.isnan(evaluate.mean_iou(confusion * 0)["ground_truth"])
+
+
+def test_summary_separates_seen_from_unseen():
+    confusion = torch.tensor([[8, 2, 0], [0, 5, 5], [0, 0, 10]])
+    result = evaluate.summary(confusion, ["a", "b", "c"], seen=["a", "z"])
+    ious = [8 / 10, 5 / 12, 10 / 15]
+    assert result["classes"] == pytest.approx({n: 100 * v for n, v in zip("abc", ious)})
+    seen, unseen = 80.0, 50 * (5 / 12 + 10 / 15)
+    assert result["seen"] == pytest.approx(seen) and result["unseen"] == pytest.approx(unseen)
+    assert result["harmonic"] == pytest.approx(2 * seen * unseen / (seen + unseen)) and result["pixel_accuracy"] == pytest.approx(100 * 23 / 30)
+    assert "unseen" not in evaluate.summary(confusion, ["a", "b", "c"], seen=["a", "b", "c"])
+
+
+def test_two_processes_count_every_image_once(tiny, folder, tmp_path):
+    """3 images on 2 processes: the integer confusion matrix, and so every figure, is that of one process."""
+    torch.save(dict(config=tiny.config, model=tiny.state_dict(), names=["red thing"]), tmp_path / "c.pt")
+    results = []
+    for processes in (1, 2):
+        done = run("evaluate.py", "--checkpoint", tmp_path / "c.pt", "--datasets", f"folder:{folder}", "--out", tmp_path / str(processes), processes=processes)
+        file, = (tmp_path / str(processes)).iterdir()
+        results.append(json.loads(file.read_text()))
+        assert done.stdout.count("mIoU_ground_truth") == 1
+    assert results[0] == results[1] and results[0]["images"] == 3 and "unseen" in results[0]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("--checkpoint", "nowhere.pt"), "nowhere.pt: no such checkpoint"),
+    (("--checkpoint", "README.md"), "README.md is not a checkpoint of tensors")])
+def test_bad_input_is_one_sentence(arguments, words):
+    done = run("evaluate.py", *arguments, check=False)
+    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr

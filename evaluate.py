@@ -184,7 +184,8 @@ def main():
     args = parser.parse_args()
     rank, world, device = start_processes()
     try:
-        checkpoint, net = segmenter.read_checkpoint(args.checkpoint), segmenter.load(args.checkpoint).to(device)
+        checkpoint = segmenter.read_checkpoint(args.checkpoint)
+        net = segmenter.from_checkpoint(checkpoint, args.checkpoint).to(device)
         for name in args.datasets:
             dataset = data.open_dataset(name, args.data_root, args.split)
             sliding = args.views != "whole" if args.views else not name.startswith("toy")

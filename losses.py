@@ -101,6 +101,21 @@ def total_loss(seg, spd, cpa, lambda_spd, lambda_cpa):
     return seg + lambda_spd * spd + lambda_cpa * cpa
 
 
+def pooled_loss(patches, frozen_patches, grid):
+    """MAFT+'s distillation, to compare with: regions of the image instead of reference patches.
+
+    Features [B,L,D] after ReLU, average-pooled on 1x1, 2x2 and 4x4 grids, each summed over its rows and over its columns;
+    smooth-L1 between the target's and the frozen CLIP's sums, averaged over B, D and places, added up over the six.
+    grid: (rows, columns) of patches. Returns a scalar. No gradient reaches frozen_patches.
+    """
+    target, frozen = (v.relu().transpose(1, 2).unflatten(2, grid) for v in (patches, frozen_patches.detach()))
+    loss = 0
+    for size in (1, 2, 4):
+        a, b = F.adaptive_avg_pool2d(target, size), F.adaptive_avg_pool2d(frozen, size)    # [B,D,size,size]
+        loss = loss + F.smooth_l1_loss(a.sum(2), b.sum(2)) + F.smooth_l1_loss(a.sum(3), b.sum(3))
+    return loss
+
+
 def segmentation_loss(logits, target, ignored="negative", chunk=32):
     """L_SEG of CAT-Seg: sigmoid cross-entropy against one-hot labels, logits resized to the size of the labels.
 

@@ -250,10 +250,13 @@ class Upsample(nn.Module):
 
     def forward(self, x, guidance):
         """x [B*K,c_in,h,w], guidance [B,c_guidance,2h,2w] -> [B*K,c_out,2h,2w]."""
-        x = self.up(x)
-        c, B = x.shape[1], len(guidance)
-        from_guidance = F.conv2d(guidance, self.conv1.weight[:, c:], padding=1)            # once per image, not per class
-        x = F.conv2d(x, self.conv1.weight[:, :c], padding=1).unflatten(0, (B, -1)) + from_guidance[:, None]
+        B, c = len(guidance), self.up.out_channels
+        # conv1([up(x), guidance]) has two halves. No nonlinearity stands between `up` and conv1, so the half of x is one
+        # transposed convolution with the product of both kernels; that of guidance and of up's bias is the same for all classes.
+        kernel = F.conv2d(self.up.weight, self.conv1.weight[:, :c], padding=2)             # [c_in,c_out,4,4]
+        bias = self.up.bias[:, None, None].expand(B, -1, *guidance.shape[2:])              # [B,c,2h,2w]
+        common = F.conv2d(torch.cat([bias, guidance], 1), self.conv1.weight, padding=1)    # [B,c_out,2h,2w]
+        x = F.conv_transpose2d(x, kernel, stride=2, padding=1).unflatten(0, (B, -1)) + common[:, None]
         x = F.relu(self.norm1(x.flatten(0, 1)), inplace=True)
         return F.relu(self.norm2(self.conv2(x)), inplace=True)
 
@@ -428,41 +431,45 @@ def first_line(error):
 
 
 def read_checkpoint(path):
-    """The dict in one of our checkpoints or one of CAT-Seg's. Nothing in the file is executed. Raises ValueError."""
+    """The dict in one of our checkpoints, or the same made of one that CAT-Seg published: {"config", "model", ...}.
+
+    They are told apart by their content. Nothing in the file is executed. Raises ValueError in one sentence.
+    """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # random bytes, an archive cut short, code where tensors belong
         raise ValueError(f"{path} is not a checkpoint of tensors and plain containers: {first_line(e)}") from e
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
-        raise ValueError(f"{path} holds no 'model', so it is neither a checkpoint of train.py nor one of CAT-Seg")
-    return checkpoint
+    state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
+    if isinstance(state, dict) and "config" in checkpoint:
+        return checkpoint
+    patch_embedding = state.get("sem_seg_head.predictor.clip_model.visual.conv1.weight") if isinstance(state, dict) else None
+    if not isinstance(patch_embedding, torch.Tensor) or len(patch_embedding) not in (768, 1024):
+        raise ValueError(f"{path} is neither a checkpoint of train.py nor one of CAT-Seg with ViT-B/16 or ViT-L/14@336")
+    clip = {768: "ViT-B-16-quickgelu", 1024: "ViT-L-14-336-quickgelu"}[len(patch_embedding)]
+    return dict(config=dict(clip=clip, image_size=384, channels=128), model=from_cat_seg(state))
 
 
 def load(path):
-    """The Segmenter in a checkpoint: one that train.py wrote, or one that CAT-Seg published. Raises ValueError.
+    """The Segmenter in a checkpoint: one that train.py wrote, or one that CAT-Seg published. Raises ValueError."""
+    return from_checkpoint(read_checkpoint(path), path)
 
-    They are told apart by their content. Every tensor must be known and have its shape, and none may be missing.
-    """
-    checkpoint = read_checkpoint(path)
-    state = checkpoint["model"]
-    if "config" in checkpoint:
+
+def from_checkpoint(checkpoint, path):
+    """The Segmenter in a dict of `read_checkpoint`; path only names it in errors."""
+    try:
         model = build(**checkpoint["config"])
-    elif "sem_seg_head.predictor.clip_model.visual.conv1.weight" in state:
-        width = state["sem_seg_head.predictor.clip_model.visual.conv1.weight"].shape[0]
-        model = build({768: "ViT-B-16-quickgelu", 1024: "ViT-L-14-336-quickgelu"}.get(width, f"ViT of width {width}"))
-        state = from_cat_seg(state)
-    else:
-        raise ValueError(f"{path} is neither a checkpoint of train.py nor one of CAT-Seg")
-    load_state(model, state, path)
+    except TypeError as e:
+        raise ValueError(f"{path} holds a 'config' that is not of this project: {first_line(e)}") from e
+    load_state(model, checkpoint["model"], path)
     return model
 
 
 def load_state(model, state, path):
-    """Like load_state_dict(strict=True), with one sentence when names or shapes differ."""
+    """Like load_state_dict(strict=True): every tensor known, none missing, every shape right, or one sentence."""
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in state.items()}
+    found = {name: tuple(getattr(t, "shape", ())) for name, t in state.items()}
     differ = sorted(name for name in shapes | found if shapes.get(name) != found.get(name))
     if differ:
         raise ValueError(f"{path} does not fit {model.config['clip']}: {len(differ)} tensors differ, {differ[0]} first "

@@ -33,8 +33,8 @@ import toy
 import tpa
 import viz
 from ema import MomentumEncoder
-from losses import (IGNORE, class_prototypes, class_reference_masks, contrast_mask, cpa_loss, patch_labels, reference_mask,
-                    segmentation_loss, spd_loss, total_loss)
+from losses import (IGNORE, class_prototypes, class_reference_masks, contrast_mask, cpa_loss, patch_labels, pooled_loss,
+                    reference_mask, segmentation_loss, spd_loss, total_loss)
 
 # flag: (default with a real CLIP, default with --clip tiny, help). CAT-Seg's values are marked; the paper states none of
 # its own, so the rest are ours.
@@ -58,7 +58,7 @@ RECIPE = {
     "eval-every": (10_000, 200, "steps between evaluations, 0 = only at the end"),
     "save-every": (1000, 100, "steps between checkpoints"),
 }
-FIXED = ("dataset", "clip", "pretrained", "image_size", "channels", "adapt", "batch_size", "seed")  # cannot change on resume
+FIXED = ("dataset", "clip", "pretrained", "init_cat_seg", "image_size", "channels", "adapt", "batch_size", "seed")  # cannot change on resume
 
 
 def parse():
@@ -69,8 +69,9 @@ def parse():
     p.add_argument("--clip", help="tiny, or an open_clip ViT (default: tiny for toy, else ViT-B-16-quickgelu)")
     p.add_argument("--pretrained", help="open_clip tag, checkpoint file, toy, or none (default: openai; toy for toy; none for tiny)")
     p.add_argument("--adapt", default="both", choices=("both", "visual", "text", "none"), help="which encoders train (default both)")
-    p.add_argument("--distill", default="rpmd", choices=("rpmd", "frozen", "none"),
-                   help="rpmd, the same with the original CLIP as a frozen teacher, or none: plain CAT-Seg (default rpmd)")
+    p.add_argument("--init-cat-seg", metavar="FILE", help="start from a checkpoint that CAT-Seg published; its CLIP then is the original")
+    p.add_argument("--distill", default="rpmd", choices=("rpmd", "frozen", "pooled", "none"),
+                   help="rpmd; frozen: the same with the original CLIP as teacher; pooled: MAFT+'s; none: plain CAT-Seg (default rpmd)")
     for flag, (real, tiny, text) in RECIPE.items():
         p.add_argument(f"--{flag}", type=type(real), help=f"{text} (default {real:g}; with the tiny CLIP {tiny:g})")
     p.add_argument("--spd-features", default="normalised", choices=("normalised", "raw"),
@@ -90,7 +91,8 @@ def parse():
         if getattr(args, name) is None:
             setattr(args, name, tiny if args.clip == "tiny" else real)
     if args.pretrained is None:
-        args.pretrained = "openai" if args.clip != "tiny" else "toy" if args.dataset.startswith("toy") else "none"
+        args.pretrained = "toy" if args.dataset.startswith("toy") and args.clip == "tiny" else \
+            "none" if args.clip == "tiny" or args.init_cat_seg else "openai"
     cuda = torch.cuda.is_available()
     args.precision = args.precision or ("bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32")
     args.workers = args.workers if args.workers is not None else 4 * cuda
@@ -111,6 +113,8 @@ def build_model(args, rank, device):
         pretrained = str(toy.clip_checkpoint(world_seed))
     torch.manual_seed(args.seed)                                                           # the head's initial weights
     model = segmenter.build(args.clip, pretrained, args.image_size, args.channels)
+    if args.init_cat_seg:
+        segmenter.load_state(model, segmenter.read_checkpoint(args.init_cat_seg)["model"], args.init_cat_seg)
     model.set_trained(args.adapt)
     model.head.recompute = args.recompute_head
     return model.to(device)
@@ -166,8 +170,10 @@ def step_losses(model, momentum, images, target, tokens, args, stop=False):
         dist.all_reduce(total)
     w_seg, w_spd, w_cpa = (world * counts[:3] / total[:3].clamp(min=1)).float()
     seg, spd, cpa = w_seg * seg, w_spd * spd, w_cpa * cpa
-    weights = (args.lambda_spd, args.lambda_cpa) if momentum else (0.0, 0.0)
-    loss = total_loss(seg, spd, cpa, *weights)                                             # Eq. (6)
+    if args.distill in ("rpmd", "frozen"):
+        loss = total_loss(seg, spd, cpa, args.lambda_spd, args.lambda_cpa)                 # Eq. (6)
+    else:                                                                                  # what RPMD is compared with
+        loss = seg + 0.1 * pooled_loss(patches, momentum_patches, net.grid) if args.distill == "pooled" else seg
     figures = torch.stack([seg, spd, cpa, loss, mask.sum(), (labels != IGNORE).sum(), q.sum()]).detach().double()
     return loss, figures, bool(total[3])
 
@@ -225,7 +231,8 @@ def train(args, rank, world, device):
                 " -> {reference_share:.3f}".format(**facts["after_tpa"]))
 
     # momentum encoder, optimiser, DDP
-    momentum = None if args.distill == "none" else MomentumEncoder(model, 1.0 if args.distill == "frozen" else args.alpha)
+    alpha = {"rpmd": args.alpha, "frozen": 1.0, "pooled": 1.0, "none": None}[args.distill]
+    momentum = None if alpha is None else MomentumEncoder(model, alpha)
     optimiser = build_optimiser(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     if state:

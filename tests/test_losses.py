@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import (IGNORE, class_prototypes, class_reference_masks, contrast_mask, cpa_loss, patch_labels, reference_mask,
-                    segmentation_loss, spd_loss, total_loss)
+from losses import (IGNORE, class_prototypes, class_reference_masks, contrast_mask, cpa_loss, patch_labels, pooled_loss,
+                    reference_mask, segmentation_loss, spd_loss, total_loss)
 
 B, L, K, D, TAU = 4, 9, 5, 6, 0.1
 
@@ -102,6 +102,23 @@ def test_one_case_by_hand():
     by_hand = (math.log(1 + math.exp((0.6 - 0.8) / 0.5)) + math.log(1 + math.exp((0 - 1) / 0.5))) / 2
     assert cpa_loss(patches, prototypes, valid, labels, mask, 0.5).item() == pytest.approx(by_hand)
     assert total_loss(1.0, 2.0, 3.0, 0.5, 0.25) == 2.75
+
+
+def test_pooled_loss_equals_loops():
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 16, 3, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    maps = [v.detach().clamp(min=0).reshape(2, 4, 4, 3) for v in (a, b)]
+    expected = 0
+    for size in (1, 2, 4):
+        cell = 4 // size
+        pooled = [torch.stack([torch.stack([m[:, r * cell:r * cell + cell, c * cell:c * cell + cell].mean((1, 2))
+                                            for c in range(size)]) for r in range(size)]) for m in maps]   # [rows,columns,B,D]
+        for sums in ([p.sum(0) for p in pooled], [p.sum(1) for p in pooled]):
+            d = (sums[0] - sums[1]).abs()
+            expected += torch.where(d < 1, 0.5 * d ** 2, d - 0.5).mean().item()
+    loss = pooled_loss(a, b, (4, 4))
+    assert loss.item() == pytest.approx(expected, rel=1e-12) and loss > 0
+    assert torch.autograd.grad(loss, (a, b), allow_unused=True)[1] is None
 
 
 def test_ignored_patches_are_never_reference_patches():

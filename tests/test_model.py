@@ -264,6 +264,37 @@ def test_clips_that_do_not_fit_are_refused(clip, pretrained, words):
         segmenter.build(clip, pretrained)
 
 
+def test_vit_l_336():
+    """CAT-Seg's second size: the model resizes 384 crops to 336; a checkpoint of it is told by its content. Shapes only."""
+    with torch.device("meta"):
+        net = segmenter.build("ViT-L-14-336-quickgelu")
+        logits, patches, text = net(torch.zeros(1, 3, 384, 384), torch.zeros(3, 12, dtype=torch.long))
+    assert net.image_encoder.input_size == 336 and net.grid == (24, 24)
+    assert patches.shape == (1, 576, 768) and text.shape == (3, 768) and logits.shape == (1, 3, 96, 96)
+    assert len(net.image_encoder(torch.zeros(1, 3, 384, 384, device="meta"))[1]) == 2
+
+
+def test_a_cat_seg_checkpoint_is_told_by_its_content_and_every_name_counts(tmp_path):
+    with torch.device("meta"):
+        shapes = to_cat_seg(segmenter.build("ViT-B-16-quickgelu").state_dict())
+    state = {name: torch.zeros(()).expand(t.shape) for name, t in shapes.items()}
+    state["sem_seg_head.predictor.transformer.layers.0.swin_block.block_2.attn_mask"] = torch.zeros(4, 144, 144)
+    path = tmp_path / "cat_seg.pth"
+    torch.save({"model": state, "iteration": 79999}, path)
+    found = segmenter.read_checkpoint(path)
+    assert found["config"] == dict(clip="ViT-B-16-quickgelu", image_size=384, channels=128)
+    with torch.device("meta"):
+        net = segmenter.build(**found["config"])
+    assert found["model"].keys() == net.state_dict().keys()
+    for spoil, words in ((lambda s: s.pop("upsample1.bias"), "1 tensors differ, head.middle_up.0.bias first"),
+                         (lambda s: s.update({"upsample3.weight": torch.zeros(1)}), "1 tensors differ, head.middle_up.2.weight first"),
+                         (lambda s: s.update({"upsample1.bias": torch.zeros(3)}), r"expected \(256,\), found \(3,\)")):
+        spoiled = dict(state)
+        spoil(spoiled)
+        with pytest.raises(ValueError, match=words):
+            segmenter.load_state(net, segmenter.from_cat_seg(spoiled), path)
+
+
 # CAT-Seg's own numbers, on weights that anyone can draw
 
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden files are not here")

@@ -118,6 +118,15 @@ def test_frozen_teacher_and_no_teacher(go):
     assert go("b", "--distill", "none")["momentum"] is None
 
 
+def test_pooled_distillation_keeps_the_original_as_teacher(go):
+    a, b = go("a", "--distill", "pooled", "--tpa-steps", "0"), go("b", "--distill", "none", "--tpa-steps", "0")
+    torch.manual_seed(0)
+    start = train.segmenter.build("tiny", None, 64, 16).image_encoder.state_dict()
+    assert all(torch.equal(t, start[k]) for k, t in a["momentum"]["tensors"].items())
+    name = "image_encoder.visual.transformer.resblocks.3.attn.v_proj_weight"
+    assert not torch.equal(a["model"][name], b["model"][name])
+
+
 def test_nan_stops_before_the_step_and_names_its_origin(go, tmp_path, monkeypatch):
     calls, loss = [], train.cpa_loss
 

@@ -54,10 +54,16 @@ class Attention(nn.Module):
         return self.out_proj(F.linear(x, self.v_proj_weight, self.in_proj_bias.chunk(3)[2]))
 
 
+def mlp(up, activation, down, x):
+    """down(activation(up(x))). The activation is not kept for the backward pass but computed again there: most of the memory
+    of a transformer block for next to no work (checkpointing stops before `down`, whose output nothing needs)."""
+    return checkpoint(lambda h: down(activation(h)), up(x), use_reentrant=False, preserve_rng_state=False)
+
+
 def run_block(block, x, causal=False):
     """One residual block of open_clip's transformer whose attention is ours. x [B,n,width]."""
     x = x + block.ls_1(block.attn(block.ln_1(x), causal))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+    return x + block.ls_2(mlp(*block.mlp, block.ln_2(x)))
 
 
 class ImageEncoder(nn.Module):
@@ -93,7 +99,7 @@ class ImageEncoder(nn.Module):
                 middle.append(x[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid)))  # [B,width,H,W]
         last, residual = blocks[-1], x[:, :1] if self.class_token_residual else x
         x = residual + last.ls_1(last.attn.value(last.ln_1(x)))                            # no token looks at another
-        x = x + last.ls_2(last.mlp(last.ln_2(x)))
+        x = x + last.ls_2(mlp(*last.mlp, last.ln_2(x)))
         return visual.ln_post(x[:, 1:]) @ visual.proj, middle                              # [B,L,D]
 
 
@@ -156,7 +162,7 @@ class SwinBlock(nn.Module):
         q, k, v = (self.windows(t) for t in (linear_split(self.q, y, guidance), linear_split(self.k, y, guidance), self.v(y)))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(x))                # [BK,windows*heads,w*w,C/heads]
         x = x + self.proj(self.unwindows(y, x.shape))
-        return x + self.mlp(self.norm2(x))
+        return x + mlp(*self.mlp, self.norm2(x))
 
     def windows(self, x):
         """[B,K,H,W,C] -> [BK,windows*heads,w*w,C/heads], rolled by the shift."""
@@ -219,7 +225,7 @@ class ClassAggregation(nn.Module):
         if pool > 1:
             x = x.reshape(B, K, H // pool, pool, W // pool, pool, C).mean((3, 5))          # [B,K,H/2,W/2,C]
         x = x + self.attend(self.norm1(x), guidance)
-        x = x + self.mlp(self.norm2(x))
+        x = x + mlp(*self.mlp, self.norm2(x))
         if pool > 1:
             x = F.interpolate(x.flatten(0, 1).permute(0, 3, 1, 2), (H, W), mode="bilinear", align_corners=True)
             x = x.permute(0, 2, 3, 1).unflatten(0, (B, K))                                 # [B,K,H,W,C]
@@ -288,7 +294,7 @@ class Head(nn.Module):
         text = self.text_guidance(text).relu()[:, :, None, None]                           # [B,K,1,1,C]
         for spatial, classes in zip(self.spatial, self.classes):
             x = self.per_class(spatial, x, image)                                          # image [B,1,H,W,C]
-            x = classes(x, text)
+            x = checkpoint(classes, x, text, use_reentrant=False) if self.recompute else classes(x, text)
         return x
 
     def decode(self, x, middle):
@@ -304,7 +310,7 @@ class Head(nn.Module):
 
         return self.per_class(decode_maps, x, *guidance)
 
-    def per_class(self, f, x, *guidance, chunk=32):
+    def per_class(self, f, x, *guidance, chunk=16):
         """f over x [B,K,...] in chunks of classes, where activations need not all live: f must treat classes alike."""
         if self.recompute and torch.is_grad_enabled():
             return torch.cat([checkpoint(f, part, *guidance, use_reentrant=False) for part in x.split(chunk, 1)], 1)

@@ -9,6 +9,7 @@
 A dataset has `len()`, `names`, and `load(i) -> (PIL RGB image, int64 labels [H,W] with IGNORE, path)`. To add one, add a
 row to LAYOUTS. Everything wrong with the data raises DataError, one sentence that names the path.
 """
+import os
 from pathlib import Path
 
 import numpy as np
@@ -198,5 +199,11 @@ def batches(crops, batch_size, start, stop, rank=0, world=1, workers=0):
     Returns an iterable over (images [b,3,S,S], labels [b,S,S], paths).
     """
     mine = [[(step * world + rank) * batch_size + i for i in range(batch_size)] for step in range(start, stop)]
-    return torch.utils.data.DataLoader(crops, batch_sampler=mine, num_workers=workers,
-                                       pin_memory=torch.cuda.is_available())
+    return torch.utils.data.DataLoader(crops, batch_sampler=mine, num_workers=workers, pin_memory=torch.cuda.is_available(),
+                                       worker_init_fn=leave_process_group)
+
+
+def leave_process_group(worker):
+    """Signals sent to the whole process group (Ctrl-C, torchrun's SIGTERM) are the training process's to answer; its loader
+    processes end when it ends them."""
+    os.setpgrp()

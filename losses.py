@@ -137,7 +137,8 @@ def segmentation_loss(logits, target, ignored="negative", chunk=32):
         at_label = z.gather(1, index.clamp(0, z.shape[1] - 1)) * here
         return (F.softplus(z) * counted[:, None]).sum() - at_label.sum()
 
-    parts = [checkpoint(chunk_sum, z, i * chunk, use_reentrant=False) for i, z in enumerate(logits.split(chunk, 1))]
+    parts = [checkpoint(chunk_sum, z, i * chunk, use_reentrant=False, preserve_rng_state=False)
+             for i, z in enumerate(logits.split(chunk, 1))]
     return sum(parts) / (counted.sum().clamp(min=1) * logits.shape[1])
 
 

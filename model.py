@@ -129,7 +129,7 @@ class TextEncoder(nn.Module):
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]     # [K,n,width]
         for block in self.transformer.resblocks:
             x = run_block(block, x, causal=True)
-        x = x[torch.arange(len(x)), tokens.argmax(-1)]                                     # the end token has the highest id
+        x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]                    # the end token has the highest id
         return F.normalize(self.ln_final(x) @ self.text_projection, dim=-1)                # [K,D]
 
 

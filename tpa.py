@@ -41,4 +41,5 @@ def pre_align(model, tokens, batches, lr, device, progress=iter):
         optimiser.param_groups[0]["lr"] = lr * (1 - step / steps)
         optimiser.step()
         loss = (loss / count.clamp(min=1)).item()
+    optimiser.zero_grad()                                                                  # joint training starts without leftovers
     return loss

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import resource
 import signal
 import sys
@@ -40,7 +41,7 @@ from losses import (IGNORE, class_prototypes, class_reference_masks, contrast_ma
 # its own, so the rest are ours.
 RECIPE = {
     "steps": (80_000, 400, "optimiser steps of joint training (CAT-Seg's)"),
-    "batch-size": (4, 16, "images per step, over all processes (CAT-Seg's)"),
+    "batch-size": (4, 16, "images per step, over all processes; one for each process if these are more (CAT-Seg's)"),
     "lr": (2e-4, 5e-3, "learning rate of the head (CAT-Seg's)"),
     "clip-lr-factor": (0.01, 0.1, "learning rate of CLIP's q and v, as a part of --lr (CAT-Seg's)"),
     "weight-decay": (1e-4, 1e-4, "of AdamW, 0 on norms (CAT-Seg's)"),
@@ -50,6 +51,7 @@ RECIPE = {
     "jitter": (1.0, 0.2, "strength of the colour jitter, 1 is SSD's (CAT-Seg's; weak where colours have names)"),
     "lambda-spd": (1.0, 0.1, "weight of SPD, Eq. (6) (ours)"),
     "lambda-cpa": (1.0, 0.1, "weight of CPA, Eq. (6) (ours)"),
+    "lambda-pooled": (0.1, 0.1, "weight of --distill pooled (MAFT+'s)"),
     "tau": (0.1, 0.1, "temperature of CPA, Eq. (5) (ours)"),
     "alpha": (0.999, 0.99, "momentum of the momentum encoder (ours)"),
     "tpa-steps": (200, 10, "warm-up steps of text-to-patch pre-alignment, 0 = off (ours)"),
@@ -58,7 +60,7 @@ RECIPE = {
     "eval-every": (10_000, 200, "steps between evaluations, 0 = only at the end"),
     "save-every": (1000, 100, "steps between checkpoints"),
 }
-FIXED = ("dataset", "clip", "pretrained", "init_cat_seg", "image_size", "channels", "adapt", "batch_size", "seed")  # cannot change on resume
+FIXED = ("dataset", "clip", "pretrained", "init_cat_seg", "image_size", "channels", "adapt", "distill", "batch_size", "seed")  # cannot change on resume
 
 
 def parse():
@@ -78,7 +80,8 @@ def parse():
                    help="what Eq. (2) compares: unit vectors, or CLIP's features as they are (ours; default normalised)")
     p.add_argument("--ignored", default="negative", choices=("negative", "skip"),
                    help="unlabelled pixels: negatives of every class, as in CAT-Seg (default), or left out of L_SEG")
-    p.add_argument("--accumulate", type=int, default=1, help="split each step's batch in so many parts (default 1)")
+    p.add_argument("--accumulate", type=int, default=1, 
+                   help="passes per step, each over a part of the batch; SPD and CPA average within a part (default 1)")
     p.add_argument("--recompute-head", action="store_true", help="save memory: compute the head again in the backward pass")
     p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default bf16 where the GPU has it, else fp32")
     p.add_argument("--workers", type=int, default=None, help="loader processes (default: 4 with a GPU, else 0)")
@@ -86,6 +89,9 @@ def parse():
     p.add_argument("--restart", action="store_true", help="ignore a checkpoint in --out and train anew")
     args = p.parse_args()
     args.clip = args.clip or ("tiny" if args.dataset.startswith("toy") else "ViT-B-16-quickgelu")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size is None:
+        args.batch_size = max(RECIPE["batch-size"][args.clip == "tiny"], world * args.accumulate)
     for flag, (real, tiny, _) in RECIPE.items():
         name = flag.replace("-", "_")
         if getattr(args, name) is None:
@@ -94,7 +100,7 @@ def parse():
         args.pretrained = "toy" if args.dataset.startswith("toy") and args.clip == "tiny" else \
             "none" if args.clip == "tiny" or args.init_cat_seg else "openai"
     cuda = torch.cuda.is_available()
-    args.precision = args.precision or ("bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32")
+    args.precision = args.precision or ("bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32")
     args.workers = args.workers if args.workers is not None else 4 * cuda
     if args.adapt in ("visual", "none"):
         args.tpa_steps = 0  # the text encoder stays as it is
@@ -125,9 +131,9 @@ def build_optimiser(model, args):
     norms = {p for m in model.head.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm)) for p in m.parameters()}
     head = list(model.head.parameters())
     clip = [p for part in (model.image_encoder, model.text_encoder) for p in part.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in head if p not in norms], base_lr=args.lr, weight_decay=args.weight_decay),
-              dict(params=[p for p in head if p in norms], base_lr=args.lr, weight_decay=0.0),
-              dict(params=clip, base_lr=args.lr * args.clip_lr_factor, weight_decay=args.weight_decay)]
+    groups = [dict(name="head", params=[p for p in head if p not in norms], base_lr=args.lr, weight_decay=args.weight_decay),
+              dict(name="norms", params=[p for p in head if p in norms], base_lr=args.lr, weight_decay=0.0),
+              dict(name="clip", params=clip, base_lr=args.lr * args.clip_lr_factor, weight_decay=args.weight_decay)]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr)
 
 
@@ -138,7 +144,8 @@ def set_learning_rate(optimiser, step, steps):
 
 
 def step_losses(model, momentum, images, target, tokens, args, stop=False):
-    """Everything the paper defines, for one batch. model: Segmenter, or DDP around one. momentum: None for --distill none.
+    """Everything the paper defines, for one pass. model: Segmenter, or DDP around one. momentum: None for --distill none,
+    where the target is its own teacher: SPD is 0 then, and the reference patches are the target's.
 
     Returns (loss, figures, stop). loss is L_total, scaled so that the mean over processes of its gradient is the
     gradient on the joined batch: SPD and CPA average over the images that have reference patches, and a process may have
@@ -170,12 +177,12 @@ def step_losses(model, momentum, images, target, tokens, args, stop=False):
         dist.all_reduce(total)
     w_seg, w_spd, w_cpa = (world * counts[:3] / total[:3].clamp(min=1)).float()
     seg, spd, cpa = w_seg * seg, w_spd * spd, w_cpa * cpa
-    if args.distill in ("rpmd", "frozen"):
-        loss = total_loss(seg, spd, cpa, args.lambda_spd, args.lambda_cpa)                 # Eq. (6)
-    else:                                                                                  # what RPMD is compared with
-        loss = seg + 0.1 * pooled_loss(patches, momentum_patches, net.grid) if args.distill == "pooled" else seg
-    figures = torch.stack([seg, spd, cpa, loss, mask.sum(), (labels != IGNORE).sum(), q.sum()]).detach().double()
-    return loss, figures, bool(total[3])
+    pooled = pooled_loss(patches, momentum_patches, net.grid)                              # MAFT+'s, to compare with
+    loss = {"rpmd": total_loss(seg, spd, cpa, args.lambda_spd, args.lambda_cpa),           # Eq. (6)
+            "frozen": total_loss(seg, spd, cpa, args.lambda_spd, args.lambda_cpa),
+            "pooled": seg + args.lambda_pooled * pooled, "none": seg}[args.distill]
+    figures = torch.stack([seg, spd, cpa, pooled, loss, mask.sum(), (labels != IGNORE).sum(), q.sum()]).detach().double()
+    return loss, figures, bool(total[3] > 0)
 
 
 def train(args, rank, world, device):
@@ -199,7 +206,7 @@ def train(args, rank, world, device):
         original_text, original_val_text = model.encode_text(tokens), model.encode_text(val_tokens)
 
     def measure(model, momentum=None):
-        """Share of reference patches in training, drift of the original's reference patches in validation: 64 crops each."""
+        """Share of reference patches in training, drift of the original's reference patches in validation: about 64 crops each."""
         passes = max(1, 64 // args.batch_size)
         val_crops = data.TrainingCrops(val_set, args.image_size, args.seed, 0.0)
         share, _ = study.reference_statistics(model, original, original_text, tokens, loader(crops, 0, passes), device, momentum)
@@ -215,6 +222,7 @@ def train(args, rank, world, device):
     # resume, or zero-shot figures and TPA
     last, log = out / "last.pt", out / "log.jsonl"
     state = None if args.restart or not last.exists() else segmenter.read_checkpoint(last)
+    tpa_loss = None
     if state:
         check_flags(args, state, last, say)
         segmenter.load_state(model, state["model"], last)
@@ -224,8 +232,8 @@ def train(args, rank, world, device):
     else:
         facts, first = {"zero_shot": score(zero_shot=True)[0], "before_tpa": measure(model)}, 0
         if args.tpa_steps:
-            steps = loader(crops, 0, args.tpa_steps)
-            tpa.pre_align(model, tokens, steps, args.tpa_lr, device, lambda it: tqdm(it, "TPA", disable=rank > 0, leave=False))
+            warm_up = loader(crops, 0, args.tpa_steps)
+            tpa_loss = tpa.pre_align(model, tokens, warm_up, args.tpa_lr, device, lambda it: tqdm(it, "TPA", disable=rank > 0, leave=False))
             facts["after_tpa"] = measure(model)
             say("TPA: share of reference patches {reference_share:.3f}".format(**facts["before_tpa"]) +
                 " -> {reference_share:.3f}".format(**facts["after_tpa"]))
@@ -235,11 +243,18 @@ def train(args, rank, world, device):
     momentum = None if alpha is None else MomentumEncoder(model, alpha)
     optimiser = build_optimiser(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    resumed = state is not None
     if state:
+        settings = [{k: group[k] for k in ("base_lr", "weight_decay")} for group in optimiser.param_groups]
         optimiser.load_state_dict(state["optimiser"])
-        scaler.load_state_dict(state["scaler"])
+        for group, now in zip(optimiser.param_groups, settings):                           # changed flags hold from here on
+            group.update(now)
+        if state["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(state["scaler"])
         if momentum:
             momentum.load_state_dict(state["momentum"])
+            momentum.alpha = alpha
+        del state
     ddp = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
     trained = [p for p in model.parameters() if p.requires_grad]
 
@@ -252,11 +267,12 @@ def train(args, rank, world, device):
             last.with_suffix(".tmp").replace(last)
 
     if rank == 0:
-        lines = [json.loads(line) for line in log.read_text().splitlines()] if state and log.exists() else []
-        keep = [l for l in lines if l["step"] <= first and not (l["step"] == args.steps and "mIoU_union" in l)]
+        keep = [l for l in read_log(log) if l["step"] <= first and not (l["step"] == args.steps and "mIoU_union" in l)] if resumed else []
         log.write_text("".join(json.dumps(l) + "\n" for l in keep))
     record = lambda **line: rank == 0 and log.open("a").write(json.dumps(line) + "\n")
     save(first)
+    if tpa_loss is not None:
+        record(step=0, tpa_loss=tpa_loss, before=facts["before_tpa"], after=facts["after_tpa"])
 
     # joint training
     stop = Interruption()
@@ -272,41 +288,45 @@ def train(args, rank, world, device):
             paths += names
             lazy = ddp.no_sync() if world > 1 and part < args.accumulate - 1 else contextlib.nullcontext()
             with lazy:
-                loss, sums, asked = step_losses(ddp, momentum, images.to(device), target.to(device), tokens, args, stop.asked)
+                loss, sums, asked = step_losses(ddp, momentum, images.to(device, non_blocking=True),
+                                               target.to(device, non_blocking=True), tokens, args, stop.asked)
                 scaler.scale(loss / args.accumulate).backward()
             figures, halt = figures + sums, halt or asked
         scaler.unscale_(optimiser)
         grad_norm = nn.utils.clip_grad_norm_(trained, args.clip_grad)
-        if not math.isfinite(grad_norm) and not scaler.is_enabled():
+        # under fp16 an infinite gradient is the scaler's to skip, a loss that is not finite nobody's
+        if not figures.isfinite().all() or not (math.isfinite(grad_norm) or scaler.is_enabled()):
             raise ValueError(non_finite(step, figures, paths, last))
         scaler.step(optimiser)
         scaler.update()
         optimiser.zero_grad()
-        if momentum:
+        if momentum and math.isfinite(grad_norm):
             momentum.update()
 
-        if step % args.log_every == 0 or step == args.steps:
+        if every(args.log_every, step) or step == args.steps:
             if world > 1:
                 dist.all_reduce(figures)
-            seg, spd, cpa, total = (figures[:4] / world / args.accumulate).tolist()
+            seg, spd, cpa, pooled, total = (figures[:5] / world / args.accumulate).tolist()
+            share, rates = (figures[5] / figures[6].clamp(min=1)).item(), {g["name"]: g["lr"] for g in optimiser.param_groups}
             memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-            record(step=step, segmentation_loss=seg, spd_loss=spd, cpa_loss=cpa, total_loss=total,
-                   reference_share=(figures[4] / figures[5].clamp(min=1)).item(), contrast_patches=int(figures[6]),
-                   lr=optimiser.param_groups[0]["lr"], lr_clip=optimiser.param_groups[-1]["lr"], grad_norm=float(grad_norm),
+            record(step=step, segmentation_loss=seg, spd_loss=spd, cpa_loss=cpa, pooled_loss=pooled, total_loss=total,
+                   reference_share=share, contrast_patches=int(figures[7]), lr=rates["head"], lr_clip=rates.get("clip", 0.0), grad_norm=float(grad_norm),
                    seconds=round(time.time() - begin, 3), memory_gb=round(memory, 2))
-            bar.set_postfix(seg=f"{seg:.3f}", spd=f"{spd:.3f}", cpa=f"{cpa:.3f}", ref=f"{(figures[4] / figures[5].clamp(min=1)).item():.2f}")
+            bar.set_postfix(seg=f"{seg:.3f}", spd=f"{spd:.3f}", cpa=f"{cpa:.3f}", ref=f"{share:.2f}")
         bar.update()
         if halt and step < args.steps:
             save(step)
             bar.close()
             say(f"stopped after step {step} as asked; the same command goes on from {last}")
             return 130
-        if args.eval_every and step % args.eval_every == 0 and step < args.steps:
-            record(step=step, **score()[0], **measure(model, momentum))
-            rank == 0 and viz.curves(log, out / "curves.png")
-        if step % args.save_every == 0 or step == args.steps:
+        if every(args.save_every, step) or step == args.steps:
             save(step)
+        if every(args.eval_every, step) and step < args.steps:
+            record(step=step, **score()[0], **measure(model, momentum))
+            if rank == 0:
+                viz.curves(log, out / "curves.png")
     bar.close()
+    stop.forget()
 
     # the end: evaluate, print, draw
     scores, classes = score()
@@ -327,6 +347,20 @@ def train(args, rank, world, device):
     return 0
 
 
+def every(n, step):
+    """Whether step is a multiple of n; never when n is 0."""
+    return n > 0 and step % n == 0
+
+
+def read_log(path):
+    """The lines of a log.jsonl; one that a power cut left unfinished is dropped."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
 class Interruption:
     """Ctrl-C and SIGTERM ask for a stop after the running step instead of ending the process; a second Ctrl-C ends it."""
 
@@ -334,6 +368,10 @@ class Interruption:
         self.asked = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask)
+
+    def forget(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
 
     def ask(self, number, frame):
         if self.asked and number == signal.SIGINT:
@@ -348,14 +386,14 @@ def check_flags(args, state, path, say):
     changed = {k: (state["args"].get(k), v) for k, v in vars(args).items() if state["args"].get(k) != v and k not in ("out", "restart")}
     for name, (before, now) in changed.items():
         flag = "--" + name.replace("_", "-")
-        if name in FIXED or (name == "distill" and "none" in (before, now)):
+        if name in FIXED:
             raise ValueError(f"{flag} {now} does not go with {path}, which was trained with {flag} {before}: use another --out, or --restart")
         say(f"{flag} is now {now}, was {before}")
 
 
 def non_finite(step, figures, paths, last):
-    terms = [name for name, v in zip(("segmentation_loss", "spd_loss", "cpa_loss"), figures.tolist()) if not math.isfinite(v)]
-    what = f"{' and '.join(terms)} became NaN or infinite" if terms else "the gradient became NaN or infinite, while the losses were finite"
+    terms = [name for name, v in zip(("segmentation_loss", "spd_loss", "cpa_loss", "pooled_loss"), figures.tolist()) if not math.isfinite(v)]
+    what = f"{' and '.join(terms)} became NaN or infinite" if terms else "the gradient became NaN or infinite, the losses of this process did not"
     return f"step {step}: {what}; images {', '.join(paths)}; nothing was written after {last}"
 
 
@@ -366,7 +404,7 @@ def main():
         status = train(args, rank, world, device)
     except (ValueError, OSError) as e:
         lines = str(e).strip().splitlines()
-        sys.exit(f"error: {lines[-1].removeprefix('data.DataError: ')}")                   # a loader process adds its traceback before
+        sys.exit(f"error: {lines[-1].removeprefix('data.DataError: ') if lines else type(e).__name__}")  # a loader process adds its traceback before
     except KeyboardInterrupt:
         sys.exit(130)
     if world > 1:

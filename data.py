@@ -13,12 +13,12 @@ import os
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
 from PIL import Image, ImageOps
 
 from losses import IGNORE
 
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # CLIP's
 IMAGE_TYPES, MASK_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp"), (".png", ".tif", ".tiff")
 COCO_STUFF_ABSENT = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)     # ids that no mask uses
 LAYOUTS = {  # name: (images, masks) below the data root, first pair that exists; {} is the split. Then raw value -> label
@@ -34,6 +34,8 @@ class DataError(ValueError):
 
 def open_dataset(name, root, split):
     """A dataset by name (see the table above); root is the folder that holds them all. Raises DataError."""
+    if split not in ("train", "val"):
+        raise DataError(f"--split {split}: the splits are train and val")
     if name == "toy" or name.startswith("toy:"):
         import toy  # the only one that is drawn rather than read
         seed = name[4:] or "0"
@@ -57,12 +59,13 @@ def open_dataset(name, root, split):
 def read_names(path):
     """Class names from a text file, one a line."""
     try:
-        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(f"{path} should hold the class names, one a line, and can't be read ({type(e).__name__})") from e
     repeated = sorted({n for n in names if names.count(n) > 1})
-    if not names or repeated:
-        raise DataError(f"{path} " + (f"names {repeated[0]!r} twice" if repeated else "holds no class name"))
+    if not all(names) or not names or repeated:
+        raise DataError(f"{path} " + (f"names {repeated[0]!r} twice" if repeated and repeated[0] else
+                                      "has an empty line among its names" if names else "holds no class name"))
     return names
 
 
@@ -91,6 +94,8 @@ class Folder:
         if mask.shape != image.size[::-1]:
             raise DataError(f"{mask_path} is {mask.shape[1]} x {mask.shape[0]}, its image {image.width} x {image.height}")
         void = 255 if mask.dtype == np.uint8 else 65535
+        if void in self.raw:
+            raise DataError(f"{mask_path} has 8 bits, too few for {len(self.names)} classes and the ignore value 255")
         labels = self.table[mask]                                                          # [H,W]
         strange = labels == IGNORE
         strange &= mask != void
@@ -104,16 +109,23 @@ def files(folder, types):
     """{stem: path} of the files in a folder that have one of the types."""
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist or is no folder")
-    found = {p.stem: p for p in folder.iterdir() if p.suffix.lower() in types and not p.name.startswith(".")}
+    paths = [p for p in folder.iterdir() if p.suffix.lower() in types and not p.name.startswith(".")]
+    found = {p.stem: p for p in paths}
     if not found:
         raise DataError(f"{folder} holds no file of type {', '.join(types)}")
+    if len(found) < len(paths):
+        raise DataError(f"{next(p for p in paths if found[p.stem] != p)} and {next(found[p.stem] for p in paths if found[p.stem] != p)} "
+                        f"differ only in their type")
     return found
 
 
 def read_image(path):
     """RGB, turned upright as its EXIF data says. Raises DataError."""
     try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith("I"):                                                     # 16 bits of gray, which PIL would clip to 8
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise DataError(f"{path} can't be read as an image ({str(e) or type(e).__name__})") from e
 
@@ -132,7 +144,7 @@ def read_mask(path):
 def normalise(image):
     """PIL RGB image -> float [3,H,W] with CLIP's mean and standard deviation."""
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     return (x - mean) / std
 
 

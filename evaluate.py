@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import data
@@ -103,16 +103,22 @@ def label_map(model, image, text, **options):
 
 def segment(model, image, names, **options):
     """Label every pixel of a PIL image with one of the names (a list of strings). Returns int64 [H,W], indices into names."""
+    if isinstance(names, str) or not names:
+        raise ValueError(f"names should be a list of at least one class name, not {names!r}")
     model.eval()
     with torch.inference_mode():
         text = model.encode_text(model.tokenize(names))
-    return label_map(model, image.convert("RGB"), text, **options)
+    return label_map(model, ImageOps.exif_transpose(image).convert("RGB"), text, **options)
 
 
 def confusion_matrix(prediction, labels, num_classes):
     """int64 [K,K], row = label, column = prediction; pixels labelled IGNORE count nowhere. Any shape, equal for both."""
     counted = labels != IGNORE
-    return torch.bincount(labels[counted] * num_classes + prediction[counted], minlength=num_classes ** 2).reshape(num_classes, -1)
+    labels, prediction = labels[counted].long(), prediction[counted].long()
+    for name, values in (("label", labels), ("prediction", prediction)):
+        if len(values) and not 0 <= values.min() <= values.max() < num_classes:
+            raise ValueError(f"a {name} lies outside 0..{num_classes - 1}: {values.min()}..{values.max()}")
+    return torch.bincount(labels * num_classes + prediction, minlength=num_classes ** 2).reshape(num_classes, -1)
 
 
 def mean_iou(confusion, classes=None):
@@ -154,12 +160,13 @@ def summary(confusion, names, seen=None):
     """A confusion matrix as plain numbers in per cent: both mIoU, pixel accuracy, IoU per class; and if `seen` (names that
     segmentation training showed) holds some of the names and not all, mIoU of seen and unseen ones and their harmonic mean."""
     iou, labelled, _ = class_iou(confusion)
-    result = {f"mIoU_{name}": 100 * value for name, value in mean_iou(confusion).items()}
+    percent = lambda x: 100 * x if x == x else None  # JSON has no NaN
+    result = {f"mIoU_{name}": percent(value) for name, value in mean_iou(confusion).items()}
     result["pixel_accuracy"] = 100 * (confusion.diagonal().sum() / confusion.sum().clamp(min=1)).item()
     groups = [[i for i, n in enumerate(names) if (n in (seen or ())) == value] for value in (True, False)]
     if all(groups):
-        a, b = (100 * mean_iou(confusion, group)["ground_truth"] for group in groups)
-        result |= {"seen": a, "unseen": b, "harmonic": 2 * a * b / max(a + b, 1e-9)}
+        a, b = (percent(mean_iou(confusion, group)["ground_truth"]) for group in groups)
+        result |= {"seen": a, "unseen": b, "harmonic": 2 * a * b / max(a + b, 1e-9) if None not in (a, b) else None}
     result["classes"] = {n: 100 * v if there else None for n, v, there in zip(names, iou.tolist(), labelled.tolist())}
     return result
 
@@ -186,19 +193,19 @@ def main():
     try:
         checkpoint = segmenter.read_checkpoint(args.checkpoint)
         net = segmenter.from_checkpoint(checkpoint, args.checkpoint).to(device)
-        for name in args.datasets:
-            dataset = data.open_dataset(name, args.data_root, args.split)
+        datasets = [data.open_dataset(name, args.data_root, args.split) for name in args.datasets]
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        for name, dataset in zip(args.datasets, datasets):
             sliding = args.views != "whole" if args.views else not name.startswith("toy")
             confusion = evaluate(net, dataset, device, sliding, args.zero_shot, rank, world, desc=name)
             if rank == 0:
                 result = {"dataset": name, "split": args.split, "images": len(dataset), "checkpoint": args.checkpoint,
-                          "zero_shot": args.zero_shot, **summary(confusion, dataset.names, checkpoint.get("names"))}
-                path = Path(args.out) / (name.replace(":", "-").replace("/", "_") + ".json")
-                path.parent.mkdir(parents=True, exist_ok=True)
+                          "zero_shot": args.zero_shot, "views": 5 if sliding else 1, **summary(confusion, dataset.names, checkpoint.get("names"))}
+                path = Path(args.out) / (name.replace(":", "-").replace("/", "_") + "-zero-shot" * args.zero_shot + ".json")
                 path.write_text(json.dumps(result, indent=1))
                 print(table([["per cent", name], *([k, v] for k, v in result.items() if isinstance(v, float))]))
                 print(f"written to {path}")
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 
 

@@ -55,9 +55,10 @@ class Attention(nn.Module):
 
 
 def mlp(up, activation, down, x):
-    """down(activation(up(x))). The activation is not kept for the backward pass but computed again there: most of the memory
-    of a transformer block for next to no work (checkpointing stops before `down`, whose output nothing needs)."""
-    return checkpoint(lambda h: down(activation(h)), up(x), use_reentrant=False, preserve_rng_state=False)
+    """down(activation(up(x))). The activation is not kept for the backward pass but computed again there: half the memory of a
+    transformer block for next to no work (checkpointing stops before the second product, whose result nothing needs)."""
+    return checkpoint(lambda h, weight, bias: F.linear(activation(h), weight, bias), up(x), down.weight, down.bias,
+                      use_reentrant=False, preserve_rng_state=False)
 
 
 def run_block(block, x, causal=False):
@@ -235,14 +236,15 @@ class ClassAggregation(nn.Module):
         split = lambda t: t.unflatten(-1, (self.heads, -1))                                # [...,heads,C/heads]
         feature = lambda t: F.elu(split(t)) + 1
         q, k, v = feature(linear_split(self.q, x, guidance)), feature(linear_split(self.k, x, guidance)), split(self.v(x))
+        n_pad = max(MAX_CLASSES - x.shape[1], 0)
+        length = x.shape[1] + n_pad                                                        # v is divided by it lest fp16 overflow
         # CAT-Seg pads the class axis to 256 with one learned token. Padding is the same at every place, so its share in
         # the sums over classes is one outer product, counted as often as it occurs.
         pad = self.norm1(self.padding_token)
         pad_k, pad_v = feature(linear_split(self.k, pad, self.padding_guidance)), split(self.v(pad))
-        n_pad = max(MAX_CLASSES - x.shape[1], 0)
-        kv = torch.einsum("bkxyhc,bkxyhd->bxyhcd", k, v) + n_pad * torch.einsum("hc,hd->hcd", pad_k, pad_v)
+        kv = torch.einsum("bkxyhc,bkxyhd->bxyhcd", k, v / length) + n_pad * torch.einsum("hc,hd->hcd", pad_k, pad_v / length)
         norm = torch.einsum("bkxyhc,bxyhc->bkxyh", q, k.sum(1) + n_pad * pad_k) + 1e-6
-        return (torch.einsum("bkxyhc,bxyhcd->bkxyhd", q, kv) / norm[..., None]).flatten(-2)
+        return (torch.einsum("bkxyhc,bxyhcd->bkxyhd", q, kv) / norm[..., None] * length).flatten(-2)
 
 
 class Upsample(nn.Module):
@@ -394,9 +396,13 @@ def build(clip, pretrained=None, image_size=384, channels=128):
     if sizes is None:
         raise ValueError(f"--clip {clip}: open_clip has no model of this name (open_clip.list_models() lists them)")
     if {"custom_text", "multimodal_cfg"} & sizes.keys() or {"timm_model_name", "attentional_pool"} & sizes["vision_cfg"].keys() \
-            or "hf_model_name" in sizes["text_cfg"] or not isinstance(sizes["vision_cfg"]["layers"], int):
+            or {"hf_model_name", "hf_tokenizer_name", "no_causal_mask", "pool_type"} & sizes["text_cfg"].keys() or not isinstance(sizes["vision_cfg"]["layers"], int):
         raise ValueError(f"--clip {clip}: only CLIP models with a plain ViT and CLIP's own text encoder are supported")
     model = open_clip.model.CLIP(**sizes)
+    patch, native = sizes["vision_cfg"]["patch_size"], sizes["vision_cfg"]["image_size"]
+    grid = (image_size if image_size % patch == 0 else native) // patch
+    if grid % 2:
+        raise ValueError(f"--image-size {image_size} with --clip {clip} gives {grid} x {grid} patches; the head needs an even number")
     if pretrained is not None:
         load_clip(model, clip, pretrained, sizes.get("quick_gelu", False))
     return Segmenter(model, image_size, channels, dict(clip=clip, image_size=image_size, channels=channels))
@@ -466,7 +472,7 @@ def from_checkpoint(checkpoint, path):
     """The Segmenter in a dict of `read_checkpoint`; path only names it in errors."""
     try:
         model = build(**checkpoint["config"])
-    except TypeError as e:
+    except (TypeError, KeyError, AttributeError) as e:
         raise ValueError(f"{path} holds a 'config' that is not of this project: {first_line(e)}") from e
     load_state(model, checkpoint["model"], path)
     return model

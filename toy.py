@@ -111,8 +111,8 @@ class Scenes:
         return Image.fromarray(image), np.searchsorted(self.kept, labels), f"toy:{self.seed}/{self.split}/{i}"
 
 
-# The tiny CLIP. It learns from images and the names of what they hold, nothing about where. Two thirds of its images are
-# close-ups, most of them of a single thing, which comes near to labels for patches: kinder than the web was to CLIP.
+# The tiny CLIP. It learns from images and the names of what they hold, nothing about where. 85 % of its images are close-ups,
+# most of them of a single thing, which comes near to labels for patches: kinder than the web was to CLIP.
 
 def closeup(rng):
     """A 32 x 32 view: half of them of one object alone, a fifth of background alone, the rest of both. (image, labels)"""

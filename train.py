@@ -54,7 +54,7 @@ RECIPE = {
     "lambda-pooled": (0.1, 0.1, "weight of --distill pooled (MAFT+'s)"),
     "tau": (0.1, 0.1, "temperature of CPA, Eq. (5) (ours)"),
     "alpha": (0.999, 0.99, "momentum of the momentum encoder (ours)"),
-    "tpa-steps": (200, 10, "warm-up steps of text-to-patch pre-alignment, 0 = off (ours)"),
+    "tpa-steps": (200, 10, "warm-up steps of text-to-patch pre-alignment, 0 = off, which is the default for --distill none and pooled (ours)"),
     "tpa-lr": (2e-6, 5e-4, "learning rate of that (ours)"),
     "log-every": (50, 10, "steps between lines in log.jsonl"),
     "eval-every": (10_000, 200, "steps between evaluations, 0 = only at the end"),
@@ -75,7 +75,7 @@ def parse():
     p.add_argument("--distill", default="rpmd", choices=("rpmd", "frozen", "pooled", "none"),
                    help="rpmd; frozen: the same with the original CLIP as teacher; pooled: MAFT+'s; none: plain CAT-Seg (default rpmd)")
     for flag, (real, tiny, text) in RECIPE.items():
-        p.add_argument(f"--{flag}", type=type(real), help=f"{text} (default {real:g}; with the tiny CLIP {tiny:g})")
+        p.add_argument(f"--{flag}", type=type(real), help=f"{text}; default {real:g} (for the tiny CLIP {tiny:g}, ours)")
     p.add_argument("--spd-features", default="normalised", choices=("normalised", "raw"),
                    help="what Eq. (2) compares: unit vectors, or CLIP's features as they are (ours; default normalised)")
     p.add_argument("--ignored", default="negative", choices=("negative", "skip"),
@@ -85,13 +85,15 @@ def parse():
     p.add_argument("--recompute-head", action="store_true", help="save memory: compute the head again in the backward pass")
     p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default bf16 where the GPU has it, else fp32")
     p.add_argument("--workers", type=int, default=None, help="loader processes (default: 4 with a GPU, else 0)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of the head's initial weights and the order and augmentation of images (default 0)")
     p.add_argument("--restart", action="store_true", help="ignore a checkpoint in --out and train anew")
     args = p.parse_args()
     args.clip = args.clip or ("tiny" if args.dataset.startswith("toy") else "ViT-B-16-quickgelu")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size is None:
         args.batch_size = max(RECIPE["batch-size"][args.clip == "tiny"], world * args.accumulate)
+    if args.tpa_steps is None and args.distill in ("none", "pooled"):
+        args.tpa_steps = 0  # TPA is part of RPMD
     for flag, (real, tiny, _) in RECIPE.items():
         name = flag.replace("-", "_")
         if getattr(args, name) is None:

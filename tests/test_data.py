@@ -76,6 +76,9 @@ def break_mask(f): (f / "masks/train/0.png").write_bytes(b"no picture")
 def break_partner(f): (f / "masks/train/0.png").unlink()
 def break_orphan(f): (f / "images/train/0.jpg").unlink()
 def break_names(f): (f / "classes.txt").write_text("a\nb\na")
+def break_gap(f): (f / "classes.txt").write_text("a\n\nb\nc")
+def break_twins(f): Image.new("RGB", (80, 60)).save(f / "images/train/0.png")
+def break_bits(f): (f / "classes.txt").write_text("\n".join(f"c{i}" for i in range(256)))
 def break_no_names(f): (f / "classes.txt").unlink()
 def break_split(f): [p.unlink() for p in (f / "images/train").iterdir()]
 
@@ -85,6 +88,7 @@ def break_split(f): [p.unlink() for p in (f / "images/train").iterdir()]
     (break_channels, "0.png should be a mask of one channel"), (break_image, "0.jpg can't be read as an image"),
     (break_mask, "0.png can't be read as a mask"), (break_partner, "0.jpg has no partner in .*masks"),
     (break_orphan, "0.png has no partner in .*images"), (break_names, "classes.txt names 'a' twice"),
+    (break_gap, "classes.txt has an empty line"), (break_twins, "differ only in their type"), (break_bits, "has 8 bits, too few for 256 classes"),
     (break_no_names, "classes.txt should hold the class names"), (break_split, "images.train holds no file of type"),
 ])
 def test_bad_input_is_one_sentence_with_the_path(folder, broken, words):
@@ -153,6 +157,13 @@ def test_jitter_is_ssds():
     assert 15 < abs(turns).max() <= 30 and (abs(turns) <= 2).mean() > 0.4
     assert all(np.array_equal(np.asarray(data.colour_jitter(image, 0.0, np.random.default_rng(i))), np.asarray(image)) or
                abs(np.asarray(data.colour_jitter(image, 0.0, np.random.default_rng(i))).astype(int) - np.asarray(image)).max() <= 2 for i in range(20))
+
+
+def test_sixteen_bit_gray_images_keep_their_tones(folder):
+    Image.fromarray(np.linspace(0, 65535, 80 * 60).astype(np.uint16).reshape(60, 80)).save(folder / "images/train/0.png")
+    (folder / "images/train/0.jpg").unlink()
+    tones = np.asarray(data.open_dataset(f"folder:{folder}", None, "train").load(0)[0])[..., 0]
+    assert tones.min() == 0 and tones.max() == 255 and len(np.unique(tones)) == 256
 
 
 def test_images_are_turned_upright(folder):

@@ -86,6 +86,27 @@ def test_confusion_and_both_miou_equal_sets(seed):
     assert math.isnan(evaluate.mean_iou(confusion * 0)["ground_truth"])
 
 
+def test_values_outside_the_vocabulary_are_refused():
+    ok, bad = torch.tensor([0, 1], dtype=torch.uint8), torch.tensor([0, 2])
+    assert evaluate.confusion_matrix(ok, ok, 2).tolist() == [[1, 0], [0, 1]]
+    for args in ((ok, bad), (bad, ok)):
+        with pytest.raises(ValueError, match=r"outside 0\.\.1: 0\.\.2"):
+            evaluate.confusion_matrix(*args, 2)
+
+
+def test_segment_turns_photographs_upright_and_wants_a_list(tiny):
+    exif, image = Image.Exif(), photo(130, 90)
+    exif[0x0112] = 6
+    turned = photo(130, 90)
+    turned.info["exif"] = exif.tobytes()
+    turned.getexif()[0x0112] = 6
+    assert evaluate.segment(tiny, turned, ["a", "b"]).shape == (130, 90)
+    assert torch.equal(evaluate.segment(tiny, turned, ["a", "b"]), evaluate.segment(tiny, image.transpose(Image.Transpose.ROTATE_270), ["a", "b"]))
+    for names in ("cat", []):
+        with pytest.raises(ValueError, match="list of at least one class name"):
+            evaluate.segment(tiny, image, names)
+
+
 def test_summary_separates_seen_from_unseen():
     confusion = torch.tensor([[8, 2, 0], [0, 5, 5], [0, 0, 10]])
     result = evaluate.summary(confusion, ["a", "b", "c"], seen=["a", "z"])

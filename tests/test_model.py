@@ -127,6 +127,18 @@ def test_recomputing_the_head_changes_nothing(small):
         torch.testing.assert_close(a, b)
 
 
+def test_gradients_under_functional_call(tiny):
+    """Weights put in place by functional_call are those that the backward pass uses, recomputed activations included."""
+    images, weight = torch.randn(1, 3, 64, 64), "visual.transformer.resblocks.2.mlp.c_proj.weight"
+    other = {weight: 2 * dict(tiny.image_encoder.named_parameters())[weight].detach()}
+    images.requires_grad_()
+    got, = torch.autograd.grad(torch.func.functional_call(tiny.image_encoder, other, (images,))[0].square().sum(), images)
+    with torch.no_grad():
+        dict(tiny.image_encoder.named_parameters())[weight].mul_(2)
+    expected, = torch.autograd.grad(tiny.encode_image(images)[0].square().sum(), images)
+    torch.testing.assert_close(got, expected)
+
+
 def test_split_attention_equals_multihead_attention():
     torch.manual_seed(0)
     packed, x = nn.MultiheadAttention(24, 3, batch_first=True), torch.randn(2, 5, 24)
@@ -257,8 +269,8 @@ def test_clip_weights_from_published_formats(tmp_path, monkeypatch):
 @pytest.mark.parametrize("clip, pretrained, words", [
     ("ViT-B-16", "openai", "trained with QuickGELU and --clip ViT-B-16 computes GELU: use --clip ViT-B-16-quickgelu"),
     ("ViT-B-16-quickgelu", "laion2b_s34b_b88k", "neither a file nor one of open_clip's tags"),
-    ("ViT-B-17", None, "no model of this name"), ("RN50", None, "only CLIP models with a plain ViT"),
-    ("ViT-B-16-SigLIP", None, "only CLIP models with a plain ViT"), ("tiny", "/nowhere.pt", "neither a file")])
+    ("ViT-H-14-378-quickgelu", None, "27 x 27 patches; the head needs an even number"), ("ViT-B-17", None, "no model of this name"), ("RN50", None, "only CLIP models with a plain ViT"),
+    ("ViT-B-16-SigLIP", None, "only CLIP models with a plain ViT"), ("ViT-L-14-CLIPA", None, "only CLIP models with a plain ViT"), ("tiny", "/nowhere.pt", "neither a file")])
 def test_clips_that_do_not_fit_are_refused(clip, pretrained, words):
     with pytest.raises(ValueError, match=words):
         segmenter.build(clip, pretrained)

@@ -208,8 +208,8 @@ def train(args, rank, world, device):
         original_text, original_val_text = model.encode_text(tokens), model.encode_text(val_tokens)
 
     def measure(model, momentum=None):
-        """Share of reference patches in training, drift of the original's reference patches in validation: about 64 crops each."""
-        passes = max(1, 64 // args.batch_size)
+        """Share of reference patches in training, drift of the original's reference patches in validation: about 32 crops each."""
+        passes = max(1, 32 // args.batch_size)
         val_crops = data.TrainingCrops(val_set, args.image_size, args.seed, 0.0)
         share, _ = study.reference_statistics(model, original, original_text, tokens, loader(crops, 0, passes), device, momentum)
         _, drift = study.reference_statistics(model, original, original_val_text, val_tokens, loader(val_crops, 0, passes), device)

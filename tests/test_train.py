@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
 import train
 from conftest import ROOT, run
@@ -86,8 +87,12 @@ def test_a_finished_run_is_evaluated_again_not_trained(go, tmp_path):
 
 
 def test_two_processes_equal_one_on_the_joined_batch(folder, tmp_path):
+    """With images that have no label, and so no reference patch: each process has another number of those that count."""
+    for i in (1, 4):
+        Image.new("L", (80, 60), 255).save(folder / f"masks/train/{i}.png")
     for n in (1, 2):
-        run("train.py", "--dataset", f"folder:{folder}", "--out", tmp_path / str(n), *FAST, "--steps", "5", "--tpa-lr", "1e-5", processes=n)
+        run("train.py", "--dataset", f"folder:{folder}", "--out", tmp_path / str(n), *FAST, "--steps", "5", "--tpa-lr", "1e-5",
+            "--lambda-spd", "10", "--lambda-cpa", "10", processes=n)
     one, two = (torch.load(tmp_path / str(n) / "last.pt", weights_only=True) for n in (1, 2))
     for part in (lambda c: c["model"], lambda c: c["momentum"]["tensors"]):
         for name, t in part(one).items():

@@ -114,8 +114,8 @@ def files(folder, types):
     if not found:
         raise DataError(f"{folder} holds no file of type {', '.join(types)}")
     if len(found) < len(paths):
-        raise DataError(f"{next(p for p in paths if found[p.stem] != p)} and {next(found[p.stem] for p in paths if found[p.stem] != p)} "
-                        f"differ only in their type")
+        twin = next(p for p in paths if found[p.stem] != p)
+        raise DataError(f"{twin} and {found[twin.stem].name} differ only in their type")
     return found
 
 
@@ -123,7 +123,7 @@ def read_image(path):
     """RGB, turned upright as its EXIF data says. Raises DataError."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode.startswith("I"):                                                     # 16 bits of gray, which PIL would clip to 8
+        if image.mode.startswith("I"):                                                     # 16 bits, which PIL would clip
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:

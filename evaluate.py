@@ -25,7 +25,7 @@ from losses import IGNORE
 
 def start_processes(minutes=30):
     """Join torchrun's process group, if there is one. Returns (rank, number of processes, device)."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -72,8 +72,9 @@ def merge(scores, canvas):
 
 @torch.inference_mode()
 def class_scores(model, image, text, sliding=True, zero_shot=False, size=None, chunk=16):
-    """Yields (first class, probabilities [1,c,H,W] at `size` (H, W), the image's own by default) for successive chunks of the classes text [K,D].
+    """Yields (first class, probabilities [1,c,H,W]) for successive chunks of the classes text [K,D].
 
+    H, W: `size`, the image's own by default.
     In chunks, because a photograph with many classes has gigabytes of scores. Probabilities are sigmoids of the head's
     logits; with zero_shot, CLIP's own cosines of patch and text.
     """
@@ -175,7 +176,8 @@ def table(rows):
     """Rows of cells as lines of a Markdown table, numbers with one decimal; the first row is the header."""
     cells = [[f"{c:.1f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["| " + " | ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]) + " |" for row in cells]
+    padded = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))] for row in cells]
+    lines = ["| " + " | ".join(row) + " |" for row in padded]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|"] + lines[1:])
 
 
@@ -200,8 +202,10 @@ def main():
             confusion = evaluate(net, dataset, device, sliding, args.zero_shot, rank, world, desc=name)
             if rank == 0:
                 result = {"dataset": name, "split": args.split, "images": len(dataset), "checkpoint": args.checkpoint,
-                          "zero_shot": args.zero_shot, "views": 5 if sliding else 1, **summary(confusion, dataset.names, checkpoint.get("names"))}
-                path = Path(args.out) / (name.replace(":", "-").replace("/", "_") + "-zero-shot" * args.zero_shot + ".json")
+                          "zero_shot": args.zero_shot, "views": 5 if sliding else 1,
+                          **summary(confusion, dataset.names, checkpoint.get("names"))}
+                file = name.replace(":", "-").replace("/", "_") + "-zero-shot" * args.zero_shot + ".json"
+                path = Path(args.out) / file
                 path.write_text(json.dumps(result, indent=1))
                 print(table([["per cent", name], *([k, v] for k, v in result.items() if isinstance(v, float))]))
                 print(f"written to {path}")

@@ -160,7 +160,8 @@ class SwinBlock(nn.Module):
     def forward(self, x, guidance):
         """x [B,K,H,W,C], guidance [B,1,H,W,C] -> [B,K,H,W,C]."""
         y = self.norm1(x)
-        q, k, v = (self.windows(t) for t in (linear_split(self.q, y, guidance), linear_split(self.k, y, guidance), self.v(y)))
+        q, k = (linear_split(linear, y, guidance) for linear in (self.q, self.k))
+        q, k, v = (self.windows(t) for t in (q, k, self.v(y)))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(x))                # [BK,windows*heads,w*w,C/heads]
         x = x + self.proj(self.unwindows(y, x.shape))
         return x + mlp(*self.mlp, self.norm2(x))
@@ -235,14 +236,16 @@ class ClassAggregation(nn.Module):
     def attend(self, x, guidance):
         split = lambda t: t.unflatten(-1, (self.heads, -1))                                # [...,heads,C/heads]
         feature = lambda t: F.elu(split(t)) + 1
-        q, k, v = feature(linear_split(self.q, x, guidance)), feature(linear_split(self.k, x, guidance)), split(self.v(x))
+        q, k = (feature(linear_split(linear, x, guidance)) for linear in (self.q, self.k))
+        v = split(self.v(x))
         n_pad = max(MAX_CLASSES - x.shape[1], 0)
         length = x.shape[1] + n_pad                                                        # v is divided by it lest fp16 overflow
         # CAT-Seg pads the class axis to 256 with one learned token. Padding is the same at every place, so its share in
         # the sums over classes is one outer product, counted as often as it occurs.
         pad = self.norm1(self.padding_token)
         pad_k, pad_v = feature(linear_split(self.k, pad, self.padding_guidance)), split(self.v(pad))
-        kv = torch.einsum("bkxyhc,bkxyhd->bxyhcd", k, v / length) + n_pad * torch.einsum("hc,hd->hcd", pad_k, pad_v / length)
+        kv = torch.einsum("bkxyhc,bkxyhd->bxyhcd", k, v / length)
+        kv = kv + n_pad * torch.einsum("hc,hd->hcd", pad_k, pad_v / length)
         norm = torch.einsum("bkxyhc,bxyhc->bkxyh", q, k.sum(1) + n_pad * pad_k) + 1e-6
         return (torch.einsum("bkxyhc,bxyhcd->bkxyhd", q, kv) / norm[..., None] * length).flatten(-2)
 
@@ -253,7 +256,7 @@ class Upsample(nn.Module):
     def __init__(self, c_in, c_out, c_guidance):
         super().__init__()
         self.up = nn.ConvTranspose2d(c_in, c_in - c_guidance, 2, stride=2)
-        self.conv1, self.conv2 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.conv1, self.conv2 = (nn.Conv2d(c, c_out, 3, padding=1, bias=False) for c in (c_in, c_out))
         self.norm1, self.norm2 = (nn.GroupNorm(max(1, c_out // 16), c_out) for _ in range(2))
 
     def forward(self, x, guidance):
@@ -283,8 +286,8 @@ class Head(nn.Module):
         self.image_guidance, self.text_guidance = nn.Conv2d(D, C, 3, padding=1), nn.Linear(D, C)
         self.spatial = nn.ModuleList(SpatialAggregation(C, grid // 2) for _ in range(layers))
         self.classes = nn.ModuleList(ClassAggregation(C) for _ in range(layers))
-        self.middle_up = nn.ModuleList([nn.ConvTranspose2d(width, 2 * C, 2, stride=2), nn.ConvTranspose2d(width, C, 4, stride=4)])
-        self.middle_guidance = nn.ModuleList([nn.Conv2d(2 * C, C // 4, 3, padding=1), nn.Conv2d(C, C // 8, 3, padding=1)])
+        self.middle_up = nn.ModuleList(nn.ConvTranspose2d(width, c, n, stride=n) for c, n in ((2 * C, 2), (C, 4)))
+        self.middle_guidance = nn.ModuleList(nn.Conv2d(c, c // 8, 3, padding=1) for c in (2 * C, C))
         self.decoder = nn.ModuleList([Upsample(C, C // 2, C // 4), Upsample(C // 2, C // 4, C // 8)])
         self.logit = nn.Conv2d(C // 4, 1, 3, padding=1)
 
@@ -395,14 +398,17 @@ def build(clip, pretrained=None, image_size=384, channels=128):
     sizes = TINY if clip == "tiny" else open_clip.get_model_config(clip)
     if sizes is None:
         raise ValueError(f"--clip {clip}: open_clip has no model of this name (open_clip.list_models() lists them)")
-    if {"custom_text", "multimodal_cfg"} & sizes.keys() or {"timm_model_name", "attentional_pool"} & sizes["vision_cfg"].keys() \
-            or {"hf_model_name", "hf_tokenizer_name", "no_causal_mask", "pool_type"} & sizes["text_cfg"].keys() or not isinstance(sizes["vision_cfg"]["layers"], int):
+    foreign = ({"custom_text", "multimodal_cfg"} & sizes.keys()
+               | {"timm_model_name", "attentional_pool"} & sizes["vision_cfg"].keys()
+               | {"hf_model_name", "hf_tokenizer_name", "no_causal_mask", "pool_type"} & sizes["text_cfg"].keys())
+    if foreign or not isinstance(sizes["vision_cfg"]["layers"], int):                      # several layer counts: a ResNet
         raise ValueError(f"--clip {clip}: only CLIP models with a plain ViT and CLIP's own text encoder are supported")
     model = open_clip.model.CLIP(**sizes)
     patch, native = sizes["vision_cfg"]["patch_size"], sizes["vision_cfg"]["image_size"]
     grid = (image_size if image_size % patch == 0 else native) // patch
     if grid % 2:
-        raise ValueError(f"--image-size {image_size} with --clip {clip} gives {grid} x {grid} patches; the head needs an even number")
+        raise ValueError(f"--image-size {image_size} with --clip {clip} gives {grid} x {grid} patches; the head needs an even "
+                         f"number")
     if pretrained is not None:
         load_clip(model, clip, pretrained, sizes.get("quick_gelu", False))
     return Segmenter(model, image_size, channels, dict(clip=clip, image_size=image_size, channels=channels))
@@ -426,7 +432,8 @@ def load_clip(model, clip, pretrained, quick_gelu):
         path = open_clip.download_pretrained(tag) if tag else pretrained
         if is_torchscript(path):
             state = torch.jit.load(path, map_location="cpu").float().state_dict()
-            model.load_state_dict({k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")})
+            constants = ("input_resolution", "context_length", "vocab_size")
+            model.load_state_dict({name: t for name, t in state.items() if name not in constants})
         else:
             open_clip.load_checkpoint(model, path, strict=True, weights_only=True)
     except Exception as e:  # whatever a wrong file or a missing network raises, in libraries that are not ours
@@ -456,7 +463,8 @@ def read_checkpoint(path):
     state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if isinstance(state, dict) and "config" in checkpoint:
         return checkpoint
-    patch_embedding = state.get("sem_seg_head.predictor.clip_model.visual.conv1.weight") if isinstance(state, dict) else None
+    name = "sem_seg_head.predictor.clip_model.visual.conv1.weight"
+    patch_embedding = state.get(name) if isinstance(state, dict) else None
     if not isinstance(patch_embedding, torch.Tensor) or len(patch_embedding) not in (768, 1024):
         raise ValueError(f"{path} is neither a checkpoint of train.py nor one of CAT-Seg with ViT-B/16 or ViT-L/14@336")
     clip = {768: "ViT-B-16-quickgelu", 1024: "ViT-L-14-336-quickgelu"}[len(patch_embedding)]

@@ -13,14 +13,15 @@ def alignment_loss(patches, text, labels, scale):
     this stage; this one is ours: what CLIP's own training does to images and captions, done to patches and names.
     """
     logits = scale * torch.einsum("bld,kd->blk", F.normalize(patches.detach(), dim=-1), F.normalize(text, dim=-1))
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"), (labels != IGNORE).sum()
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    return loss, (labels != IGNORE).sum()
 
 
 def pre_align(model, tokens, batches, lr, device, progress=iter):
     """Adapt the text encoder's trained parameters, one optimiser step per batch; nothing else changes.
 
     batches: (images, target, paths), a share of each step's batch on each process; progress wraps them. The visual encoder
-    is frozen and runs without a graph. AdamW without weight decay; lr falls linearly to 0. Returns the last loss, None without steps.
+    is frozen and runs without a graph. AdamW without weight decay; lr falls linearly to 0. Returns the last loss.
     """
     params, loss = [p for p in model.text_encoder.parameters() if p.requires_grad], None
     if not params:

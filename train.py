@@ -54,13 +54,14 @@ RECIPE = {
     "lambda-pooled": (0.1, 0.1, "weight of --distill pooled (MAFT+'s)"),
     "tau": (0.1, 0.1, "temperature of CPA, Eq. (5) (ours)"),
     "alpha": (0.999, 0.99, "momentum of the momentum encoder (ours)"),
-    "tpa-steps": (200, 10, "warm-up steps of text-to-patch pre-alignment, 0 = off, which is the default for --distill none and pooled (ours)"),
+    "tpa-steps": (200, 10, "warm-up steps of text-to-patch pre-alignment, 0 = off; off for --distill none, pooled (ours)"),
     "tpa-lr": (2e-6, 5e-4, "learning rate of that (ours)"),
     "log-every": (50, 10, "steps between lines in log.jsonl"),
     "eval-every": (10_000, 200, "steps between evaluations, 0 = only at the end"),
     "save-every": (1000, 100, "steps between checkpoints"),
 }
-FIXED = ("dataset", "clip", "pretrained", "init_cat_seg", "image_size", "channels", "adapt", "distill", "batch_size", "seed")  # cannot change on resume
+FIXED = ("dataset", "clip", "pretrained", "init_cat_seg", "image_size", "channels", "adapt", "distill", "batch_size",
+         "seed")  # what cannot change on resume
 
 
 def parse():
@@ -69,11 +70,12 @@ def parse():
     p.add_argument("--data-root", help="the folder that holds the datasets")
     p.add_argument("--out", default="out", help="where everything is written (default out)")
     p.add_argument("--clip", help="tiny, or an open_clip ViT (default: tiny for toy, else ViT-B-16-quickgelu)")
-    p.add_argument("--pretrained", help="open_clip tag, checkpoint file, toy, or none (default: openai; toy for toy; none for tiny)")
-    p.add_argument("--adapt", default="both", choices=("both", "visual", "text", "none"), help="which encoders train (default both)")
-    p.add_argument("--init-cat-seg", metavar="FILE", help="start from a checkpoint that CAT-Seg published; its CLIP then is the original")
+    p.add_argument("--pretrained", help="open_clip tag, checkpoint file, toy, or none "
+                                        "(default: openai; toy for the toy world, none for another dataset with tiny)")
+    p.add_argument("--adapt", default="both", choices=("both", "visual", "text", "none"), help="what of CLIP trains")
+    p.add_argument("--init-cat-seg", metavar="FILE", help="start from a checkpoint of CAT-Seg, whose CLIP is the original then")
     p.add_argument("--distill", default="rpmd", choices=("rpmd", "frozen", "pooled", "none"),
-                   help="rpmd; frozen: the same with the original CLIP as teacher; pooled: MAFT+'s; none: plain CAT-Seg (default rpmd)")
+                   help="rpmd (default); frozen: the same with the original CLIP as teacher; pooled: MAFT+'s; none: plain CAT-Seg")
     for flag, (real, tiny, text) in RECIPE.items():
         p.add_argument(f"--{flag}", type=type(real), help=f"{text}; default {real:g} (for the tiny CLIP {tiny:g}, ours)")
     p.add_argument("--spd-features", default="normalised", choices=("normalised", "raw"),
@@ -85,7 +87,7 @@ def parse():
     p.add_argument("--recompute-head", action="store_true", help="save memory: compute the head again in the backward pass")
     p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default bf16 where the GPU has it, else fp32")
     p.add_argument("--workers", type=int, default=None, help="loader processes (default: 4 with a GPU, else 0)")
-    p.add_argument("--seed", type=int, default=0, help="of the head's initial weights and the order and augmentation of images (default 0)")
+    p.add_argument("--seed", type=int, default=0, help="of the head's first weights, of images' order and augmentation")
     p.add_argument("--restart", action="store_true", help="ignore a checkpoint in --out and train anew")
     args = p.parse_args()
     args.clip = args.clip or ("tiny" if args.dataset.startswith("toy") else "ViT-B-16-quickgelu")
@@ -102,7 +104,8 @@ def parse():
         args.pretrained = "toy" if args.dataset.startswith("toy") and args.clip == "tiny" else \
             "none" if args.clip == "tiny" or args.init_cat_seg else "openai"
     cuda = torch.cuda.is_available()
-    args.precision = args.precision or ("bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32")
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    args.precision = args.precision or ("bf16" if bf16 else "fp32")
     args.workers = args.workers if args.workers is not None else 4 * cuda
     if args.adapt in ("visual", "none"):
         args.tpa_steps = 0  # the text encoder stays as it is
@@ -172,7 +175,8 @@ def step_losses(model, momentum, images, target, tokens, args, stop=False):
 
     q = contrast_mask(valid, labels, correct)
     counted = (target != IGNORE).sum() if args.ignored == "skip" else torch.tensor(target.numel(), device=target.device)
-    counts = torch.stack([counted, mask.any(-1).sum(), q.any(-1).sum(), torch.tensor(int(stop), device=target.device)]).double()
+    asked = torch.tensor(int(stop), device=target.device)
+    counts = torch.stack([counted, mask.any(-1).sum(), q.any(-1).sum(), asked]).double()
     total, world = counts.clone(), 1
     if dist.is_initialized():
         world = dist.get_world_size()
@@ -183,13 +187,14 @@ def step_losses(model, momentum, images, target, tokens, args, stop=False):
     loss = {"rpmd": total_loss(seg, spd, cpa, args.lambda_spd, args.lambda_cpa),           # Eq. (6)
             "frozen": total_loss(seg, spd, cpa, args.lambda_spd, args.lambda_cpa),
             "pooled": seg + args.lambda_pooled * pooled, "none": seg}[args.distill]
-    figures = torch.stack([seg, spd, cpa, pooled, loss, mask.sum(), (labels != IGNORE).sum(), q.sum()]).detach().double()
-    return loss, figures, bool(total[3] > 0)
+    figures = torch.stack([seg, spd, cpa, pooled, loss, mask.sum(), (labels != IGNORE).sum(), q.sum()])
+    return loss, figures.detach().double(), bool(total[3] > 0)
 
 
 def train(args, rank, world, device):
     if args.batch_size % (world * args.accumulate):
-        raise ValueError(f"--batch-size {args.batch_size} does not divide among {world} processes x --accumulate {args.accumulate}")
+        raise ValueError(f"--batch-size {args.batch_size} does not divide among {world} processes x "
+                         f"--accumulate {args.accumulate}")
     say = tqdm.write if rank == 0 else lambda *_: None
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -199,8 +204,11 @@ def train(args, rank, world, device):
     say(f"{args.dataset}: {len(train_set)} training images of {len(train_set.names)} classes, "
         f"{len(val_set)} validation images of {len(val_set.names)}")
     crops = data.TrainingCrops(train_set, args.image_size, args.seed, args.jitter)
-    per_pass = args.batch_size // world // args.accumulate
-    loader = lambda dataset, start, stop, size=args.batch_size // world: data.batches(dataset, size, start, stop, rank, world, args.workers)
+    sliding, per_process = not args.dataset.startswith("toy"), args.batch_size // world
+
+    def loader(dataset, start, stop, size=per_process):
+        return data.batches(dataset, size, start, stop, rank, world, args.workers)
+
     model = build_model(args, rank, device)
     tokens, val_tokens = model.tokenize(train_set.names), model.tokenize(val_set.names)
     original = MomentumEncoder(model, alpha=1.0)                                           # the original CLIP, to compare with
@@ -208,16 +216,18 @@ def train(args, rank, world, device):
         original_text, original_val_text = model.encode_text(tokens), model.encode_text(val_tokens)
 
     def measure(model, momentum=None):
-        """Share of reference patches in training, drift of the original's reference patches in validation: about 32 crops each."""
+        """Share of reference patches in training, drift of the original's in validation, on about 32 crops each."""
         passes = max(1, 32 // args.batch_size)
         val_crops = data.TrainingCrops(val_set, args.image_size, args.seed, 0.0)
-        share, _ = study.reference_statistics(model, original, original_text, tokens, loader(crops, 0, passes), device, momentum)
-        _, drift = study.reference_statistics(model, original, original_val_text, val_tokens, loader(val_crops, 0, passes), device)
+        share, _ = study.reference_statistics(model, original, original_text, tokens, loader(crops, 0, passes),
+                                              device, momentum)
+        _, drift = study.reference_statistics(model, original, original_val_text, val_tokens, loader(val_crops, 0, passes),
+                                              device)
         return {"reference_share": share, "reference_drift": drift}
 
     def score(zero_shot=False):
-        sliding = not args.dataset.startswith("toy")
-        confusion = evaluate.evaluate(model, val_set, device, sliding, zero_shot, rank, world, "zero-shot" if zero_shot else "evaluating")
+        title = "zero-shot" if zero_shot else "evaluating"
+        confusion = evaluate.evaluate(model, val_set, device, sliding, zero_shot, rank, world, title)
         result = evaluate.summary(confusion, val_set.names, train_set.names)
         return {k: v for k, v in result.items() if k != "classes"}, result["classes"]
 
@@ -235,7 +245,8 @@ def train(args, rank, world, device):
         facts, first = {"zero_shot": score(zero_shot=True)[0], "before_tpa": measure(model)}, 0
         if args.tpa_steps:
             warm_up = loader(crops, 0, args.tpa_steps)
-            tpa_loss = tpa.pre_align(model, tokens, warm_up, args.tpa_lr, device, lambda it: tqdm(it, "TPA", disable=rank > 0, leave=False))
+            progress = lambda it: tqdm(it, "TPA", disable=rank > 0, leave=False)
+            tpa_loss = tpa.pre_align(model, tokens, warm_up, args.tpa_lr, device, progress)
             facts["after_tpa"] = measure(model)
             say("TPA: share of reference patches {reference_share:.3f}".format(**facts["before_tpa"]) +
                 " -> {reference_share:.3f}".format(**facts["after_tpa"]))
@@ -257,7 +268,8 @@ def train(args, rank, world, device):
             momentum.load_state_dict(state["momentum"])
             momentum.alpha = alpha
         del state
-    ddp = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
+    devices = [device] if device.type == "cuda" else None
+    ddp = nn.parallel.DistributedDataParallel(model, devices) if world > 1 else model
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def save(step):
@@ -269,7 +281,8 @@ def train(args, rank, world, device):
             last.with_suffix(".tmp").replace(last)
 
     if rank == 0:
-        keep = [l for l in read_log(log) if l["step"] <= first and not (l["step"] == args.steps and "mIoU_union" in l)] if resumed else []
+        keep = [l for l in read_log(log) if resumed and l["step"] <= first]
+        keep = [l for l in keep if not (l["step"] == args.steps and "mIoU_union" in l)]    # that one is about to come again
         log.write_text("".join(json.dumps(l) + "\n" for l in keep))
     record = lambda **line: rank == 0 and log.open("a").write(json.dumps(line) + "\n")
     save(first)
@@ -279,7 +292,7 @@ def train(args, rank, world, device):
     # joint training
     stop = Interruption()
     bar = tqdm(total=args.steps, initial=first, desc="training", disable=rank > 0)
-    parts = iter(loader(crops, first * args.accumulate, args.steps * args.accumulate, per_pass))
+    parts = iter(loader(crops, first * args.accumulate, args.steps * args.accumulate, per_process // args.accumulate))
     for step in range(first + 1, args.steps + 1):
         begin = time.time()
         ddp.train()
@@ -309,11 +322,11 @@ def train(args, rank, world, device):
             if world > 1:
                 dist.all_reduce(figures)
             seg, spd, cpa, pooled, total = (figures[:5] / world / args.accumulate).tolist()
-            share, rates = (figures[5] / figures[6].clamp(min=1)).item(), {g["name"]: g["lr"] for g in optimiser.param_groups}
-            memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+            share = (figures[5] / figures[6].clamp(min=1)).item()
+            rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
             record(step=step, segmentation_loss=seg, spd_loss=spd, cpa_loss=cpa, pooled_loss=pooled, total_loss=total,
-                   reference_share=share, contrast_patches=int(figures[7]), lr=rates["head"], lr_clip=rates.get("clip", 0.0), grad_norm=float(grad_norm),
-                   seconds=round(time.time() - begin, 3), memory_gb=round(memory, 2))
+                   reference_share=share, contrast_patches=int(figures[7]), lr=rates["head"], lr_clip=rates.get("clip", 0.0),
+                   grad_norm=float(grad_norm), seconds=round(time.time() - begin, 3), memory_gb=peak_memory(device))
             bar.set_postfix(seg=f"{seg:.3f}", spd=f"{spd:.3f}", cpa=f"{cpa:.3f}", ref=f"{share:.2f}")
         bar.update()
         if halt and step < args.steps:
@@ -335,7 +348,8 @@ def train(args, rank, world, device):
     end = measure(model, momentum)
     record(step=args.steps, **scores, **end)
     if rank == 0:
-        (out / "results.json").write_text(json.dumps(dict(args=vars(args), **facts, trained=scores, end=end, classes=classes), indent=1))
+        results = dict(args=vars(args), **facts, trained=scores, end=end, classes=classes)
+        (out / "results.json").write_text(json.dumps(results, indent=1))
         columns = ["seen", "unseen", "harmonic"] if "seen" in scores else ["mIoU_ground_truth", "mIoU_union"]
         say("\nmIoU in per cent on the validation images")
         say(evaluate.table([["", *columns], ["CLIP, zero-shot", *(facts["zero_shot"][c] for c in columns)],
@@ -344,9 +358,16 @@ def train(args, rank, world, device):
             [text, *(f"{m[key]:.3f}" if m else "-" for m in (facts["before_tpa"], facts.get("after_tpa"), end))]
             for text, key in (("share of the labelled patches", "reference_share"), ("drift from the original CLIP", "reference_drift"))]))
         viz.curves(log, out / "curves.png")
-        study.example_sheet(model, original, original_val_text, momentum, val_set, not args.dataset.startswith("toy")).save(out / "examples.png")
+        study.example_sheet(model, original, original_val_text, momentum, val_set, sliding).save(out / "examples.png")
         say(f"\nwritten to {out}: examples.png, curves.png, results.json, log.jsonl, last.pt")
     return 0
+
+
+def peak_memory(device):
+    """The most memory this process has held so far, in GB: of the GPU's, or resident."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6), 2)
 
 
 def every(n, step):
@@ -385,17 +406,21 @@ def check_flags(args, state, path, say):
     """Refuse to go on from a checkpoint under another model or data order; list the flags that changed otherwise."""
     if "args" not in state:
         raise ValueError(f"{path} is no checkpoint of train.py: use another --out")
-    changed = {k: (state["args"].get(k), v) for k, v in vars(args).items() if state["args"].get(k) != v and k not in ("out", "restart")}
-    for name, (before, now) in changed.items():
+    before = state["args"]
+    changed = [(k, before.get(k), v) for k, v in vars(args).items() if before.get(k) != v and k not in ("out", "restart")]
+    for name, before, now in changed:
         flag = "--" + name.replace("_", "-")
         if name in FIXED:
-            raise ValueError(f"{flag} {now} does not go with {path}, which was trained with {flag} {before}: use another --out, or --restart")
+            raise ValueError(f"{flag} {now} does not go with {path}, which was trained with {flag} {before}: "
+                             f"use another --out, or --restart")
         say(f"{flag} is now {now}, was {before}")
 
 
 def non_finite(step, figures, paths, last):
-    terms = [name for name, v in zip(("segmentation_loss", "spd_loss", "cpa_loss", "pooled_loss"), figures.tolist()) if not math.isfinite(v)]
-    what = f"{' and '.join(terms)} became NaN or infinite" if terms else "the gradient became NaN or infinite, the losses of this process did not"
+    names = ("segmentation_loss", "spd_loss", "cpa_loss", "pooled_loss")
+    terms = [name for name, v in zip(names, figures.tolist()) if not math.isfinite(v)]
+    what = " and ".join(terms) or "the gradient, not the losses of this process,"
+    what += " became NaN or infinite"
     return f"step {step}: {what}; images {', '.join(paths)}; nothing was written after {last}"
 
 
@@ -405,8 +430,8 @@ def main():
     try:
         status = train(args, rank, world, device)
     except (ValueError, OSError) as e:
-        lines = str(e).strip().splitlines()
-        sys.exit(f"error: {lines[-1].removeprefix('data.DataError: ') if lines else type(e).__name__}")  # a loader process adds its traceback before
+        lines = str(e).strip().splitlines() or [type(e).__name__]                          # a loader process puts its traceback before
+        sys.exit(f"error: {lines[-1].removeprefix('data.DataError: ')}")
     except KeyboardInterrupt:
         sys.exit(130)
     if world > 1:

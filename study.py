@@ -42,8 +42,7 @@ def example_sheet(model, original, original_text, momentum, dataset, sliding, co
     for i in range(min(count, len(dataset))):
         image, labels, _ = dataset.load(i)
         prediction = evaluate.label_map(model, image, text, sliding=sliding).cpu().numpy()
-        square = image.resize((model.image_size, model.image_size))
-        view = data.normalise(square)[None].to(text.device)
+        view = data.normalise(image.resize((model.image_size, model.image_size)))[None].to(text.device)
         target = torch.from_numpy(labels).float()[None, None]
         target = F.interpolate(target, view.shape[2:], mode="nearest").long()[0]
         grid = patch_labels(target.to(text.device), model.grid)
@@ -51,7 +50,7 @@ def example_sheet(model, original, original_text, momentum, dataset, sliding, co
         masks = [reference_mask(v, t, grid).reshape(model.grid).cpu().numpy()
                  for v, t in ((original.encode_image(view), original_text), (later, text))]
         rows.append([image, viz.paint(labels, dataset.names), viz.paint(prediction, dataset.names),
-                     *(viz.highlight(square, mask) for mask in masks)])
+                     *(viz.highlight(image, mask) for mask in masks)])
         maps += [labels, prediction]
     titles = ["picture", "ground truth", "prediction", "reference patches\nof the original CLIP",
               "reference patches\nof the momentum encoder" if momentum else "reference patches\nof this model"]

@@ -176,7 +176,7 @@ class SwinBlock(nn.Module):
 
     def unwindows(self, x, shape):
         """The inverse of `windows`."""
-        (B, K, H, W, C), w = shape, self.window
+        (B, K, H, W, _), w = shape, self.window
         x = x.reshape(B * K, H // w, W // w, self.heads, w, w, -1).permute(0, 1, 4, 2, 5, 3, 6).reshape(shape)
         return x.roll((self.shift, self.shift), (2, 3)) if self.shift else x
 
@@ -387,7 +387,6 @@ class Segmenter(nn.Module):
         self.image_encoder.visual.transformer.resblocks[-1].attn.q_proj_weight.requires_grad = False
 
 
-
 def build(clip, pretrained=None, image_size=384, channels=128):
     """A Segmenter over an open_clip model.
 
@@ -519,7 +518,6 @@ CAT_SEG_NAMES = [(re.compile(pattern), ours) for pattern, ours in (
     (r"(?<=\.)double_conv\.(\d)\.", lambda m: {"0": "conv1.", "1": "norm1.", "3": "conv2.", "4": "norm2."}[m[1]]),
     (r"^head\.head\.", r"head.logit."),
 )]
-
 
 
 def from_cat_seg(state):

@@ -1,6 +1,5 @@
 """The segmenter: against a literal transcription of CAT-Seg, against CAT-Seg's own numbers, and its loading."""
 import json
-import math
 import os
 import pickle
 import sys

@@ -1,14 +1,23 @@
-"""Datasets as they are downloaded, and training samples that depend on nothing but a seed and a draw number.
+"""Datasets by name, and training samples that depend on nothing but a seed and a draw number.
 
-| name        | folder under --data-root | splits     | masks                                 | labels                      |
-|-------------|--------------------------|------------|---------------------------------------|-----------------------------|
-| coco-stuff  | coco-stuff or coco       | train, val | uint8 png 0..181, 255 = ignore        | rank among the 171 ids used |
-| folder:PATH | (PATH itself)            | train, val | png of indices, 255 (65535) = ignore  | line number in classes.txt  |
-| toy, toy:N  | (drawn by toy.py)        | train, val |                                       | index of the name           |
+| name        | below --data-root     | masks                             | label                 | ignored   | train / val     |
+|-------------|-----------------------|-----------------------------------|-----------------------|-----------|-----------------|
+| coco-stuff  | coco-stuff or coco    | 8-bit png, 0..181                 | rank of the 171 used  | 255       | 118,287 / 5,000 |
+| ade20k-150  | ADEChallengeData2016  | 8-bit png, 1..150                 | value - 1             | 0         | 20,210 / 2,000  |
+| ade20k-847  | ADE20K_2021_17_01     | rgb png, id = R // 10 * 256 + G   | line that has this id | other ids | ? / 2,000       |
+| pc-59       | VOCdevkit/VOC2010     | json of run lengths, later on top | rank of the 59 used   | unpainted | 4,998 / 5,104   |
+| pc-459      | VOCdevkit/VOC2010     | mat with LabelMap, 1..459         | value - 1             | 0         | 4,998 / 5,104   |
+| voc-20      | VOCdevkit/VOC2012     | palette png, 1..20                | value - 1             | 0, 255    | 1,464 / 1,449   |
+| voc-20b     | VOCdevkit/VOC2012     | palette png, 0..20                | value - 1, or 20 of 0 | 255       | none / 1,449    |
+| folder:PATH | PATH/{images,masks}   | 8- or 16-bit png or tif           | value                 | 255,65535 |                 |
+| toy, toy:N  | (drawn by toy.py)     |                                   |                       |           | 128 / 240       |
 
-A dataset has `len()`, `names`, and `load(i) -> (PIL RGB image, int64 labels [H,W] with IGNORE, path)`. To add one, add a
-row to LAYOUTS. Everything wrong with the data raises DataError, one sentence that names the path.
+Names are in classes/NAME.txt, or PATH/classes.txt, one a line. benchmarks.py reads the files; a dataset is added there, as
+a row of SOURCES. Whatever is wrong with the data raises DataError, one sentence that names the path, and
+`python data.py --check NAME --data-root DIR` reads a whole dataset before a long run does.
 """
+import collections
+import contextlib
 import os
 from pathlib import Path
 
@@ -18,22 +27,44 @@ from PIL import Image, ImageOps
 
 from losses import IGNORE
 
+REPORTED = ("ade20k-847", "pc-459", "ade20k-150", "pc-59", "voc-20", "voc-20b")            # on which the field compares
+NAMES = ("coco-stuff", *REPORTED, "folder:PATH", "toy", "toy:N")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # CLIP's
-IMAGE_TYPES, MASK_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp"), (".png", ".tif", ".tiff")
-COCO_STUFF_ABSENT = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)     # ids that no mask uses
-LAYOUTS = {  # name: (images, masks) below the data root, first pair that exists; {} is the split. Then raw value -> label
-    "coco-stuff": ([("coco-stuff/images/{}2017", "coco-stuff/annotations/{}2017"),
-                    ("coco/{}2017", "coco/stuffthingmaps/{}2017")],
-                   [i for i in range(182) if i not in COCO_STUFF_ABSENT]),
-}
 
 
 class DataError(ValueError):
     """Something wrong with a dataset, in one sentence that names the path."""
 
 
-def open_dataset(name, root, split):
-    """A dataset by name (see the table above); root is the folder that holds them all. Raises DataError."""
+# Readers: path of a mask -> its raw values, uint8 or uint16 [H,W].
+
+@contextlib.contextmanager
+def reading(path, kind):
+    """Whatever a decoder stumbles over in a broken file becomes a DataError: they raise all sorts of exceptions."""
+    try:
+        yield
+    except ImportError as e:
+        raise DataError(f"{path} needs a package to be read: pip install {e.name}") from e
+    except Exception as e:
+        raise DataError(f"{path} can't be read as {kind} ({' '.join(str(e).split()) or type(e).__name__})") from e
+
+
+def read_image(path):
+    """RGB, turned upright as its EXIF data says. Raises DataError."""
+    with reading(path, "an image"):
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith("I"):                                                     # 16 bits, which PIL would clip
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        return image.convert("RGB")
+
+
+def open_dataset(name, root, split, classes=None):
+    """A dataset by name (see the table above); root is the folder that holds them all. Raises DataError.
+
+    It has `len()`, `names` (its vocabulary), `evaluated` (the classes that are scored: the names, except in voc-20b),
+    `source` (in words, what is read) and `load(i) -> (PIL RGB image, int64 labels [H,W] with IGNORE, path)`.
+    classes: other names, as many as the dataset has: a list, a file, or comma-separated text.
+    """
     if split not in ("train", "val"):
         raise DataError(f"--split {split}: the splits are train and val")
     if name == "toy" or name.startswith("toy:"):
@@ -41,111 +72,39 @@ def open_dataset(name, root, split):
         seed = name[4:] or "0"
         if not seed.isdecimal():
             raise DataError(f"--dataset {name}: a world is toy or toy:N with a whole number N")
-        return toy.Scenes(int(seed), split)
-    if name.startswith("folder:"):
-        root = Path(name.removeprefix("folder:"))
-        names = read_names(root / "classes.txt")
-        return Folder(root / "images" / split, root / "masks" / split, names, range(len(names)))
-    if name not in LAYOUTS:
-        raise DataError(f"--dataset {name}: known are {', '.join(LAYOUTS)}, folder:PATH, toy and toy:N")
-    if root is None:
-        raise DataError(f"--dataset {name} needs --data-root, the folder that holds {LAYOUTS[name][0][0][0].split('/')[0]}/")
-    pairs, raw = LAYOUTS[name]
-    pairs = [[Path(root) / side.format(split) for side in pair] for pair in pairs]
-    images, masks = next(([i, m] for i, m in pairs if i.is_dir()), pairs[0])
-    return Folder(images, masks, read_names(Path(__file__).parent / "classes" / f"{name}.txt"), raw)
+        dataset = toy.Scenes(int(seed), split)
+    else:
+        import benchmarks
+        dataset = benchmarks.open_files(name, root, split)
+    if classes is not None:
+        names = read_names(classes)
+        if len(names) != len(dataset.names) and not (name == "voc-20b" and len(names) > 20):
+            raise DataError(f"--classes has {len(names)} names, and {name} needs {len(dataset.names)}")
+        dataset.names = names
+    return dataset
 
 
-def read_names(path):
-    """Class names from a text file, one a line."""
-    try:
-        names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path} should hold the class names, one a line, and can't be read ({type(e).__name__})") from e
-    repeated = sorted({n for n in names if names.count(n) > 1})
-    if not all(names) or not names or repeated:
-        raise DataError(f"{path} " + (f"names {repeated[0]!r} twice" if repeated and repeated[0] else
-                                      "has an empty line among its names" if names else "holds no class name"))
-    return names
-
-
-class Folder:
-    """Images and masks in two folders, matched by stem. raw: the mask value of each class, in the order of names."""
-
-    def __init__(self, images, masks, names, raw):
-        self.names, self.raw = names, list(raw)
-        self.table = np.full(65536, IGNORE, np.int64)
-        self.table[self.raw] = np.arange(len(names))
-        found = [files(folder, types) for folder, types in ((images, IMAGE_TYPES), (masks, MASK_TYPES))]
-        lonely = sorted(found[0].keys() ^ found[1].keys())
-        if lonely:
-            there = next(f[lonely[0]] for f in found if lonely[0] in f)
-            raise DataError(f"{there} has no partner in {masks if lonely[0] in found[0] else images} "
-                            f"({len(lonely)} such files): images and masks must have the same names")
-        self.pairs = [(found[0][stem], found[1][stem]) for stem in sorted(found[0])]
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def load(self, i):
-        image_path, mask_path = self.pairs[i]
-        image = read_image(image_path)
-        mask = read_mask(mask_path)
-        if mask.shape != image.size[::-1]:
-            raise DataError(f"{mask_path} is {mask.shape[1]} x {mask.shape[0]}, its image {image.width} x {image.height}")
-        void = 255 if mask.dtype == np.uint8 else 65535
-        if void in self.raw:
-            raise DataError(f"{mask_path} has 8 bits, too few for {len(self.names)} classes and the ignore value 255")
-        labels = self.table[mask]                                                          # [H,W]
-        strange = labels == IGNORE
-        strange &= mask != void
-        if strange.any():
-            raise DataError(f"{mask_path} holds the value {mask[strange][0]}, which is no class of its {len(self.names)} "
-                            f"(expected {min(self.raw)}..{max(self.raw)}, or {void} to ignore)")
-        return image, labels, str(image_path)
-
-
-def files(folder, types):
-    """{stem: path} of the files in a folder that have one of the types."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} does not exist or is no folder")
-    paths = [p for p in folder.iterdir() if p.suffix.lower() in types and not p.name.startswith(".")]
-    found = {p.stem: p for p in paths}
-    if not found:
-        raise DataError(f"{folder} holds no file of type {', '.join(types)}")
-    if len(found) < len(paths):
-        twin = next(p for p in paths if found[p.stem] != p)
-        raise DataError(f"{twin} and {found[twin.stem].name} differ only in their type")
-    return found
-
-
-def read_image(path):
-    """RGB, turned upright as its EXIF data says. Raises DataError."""
-    try:
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode.startswith("I"):                                                     # 16 bits, which PIL would clip
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise DataError(f"{path} can't be read as an image ({str(e) or type(e).__name__})") from e
-
-
-def read_mask(path):
-    """Raw values of a mask, uint8 or uint16 [H,W]; a palette's indices, never its colours. Raises DataError."""
-    try:
-        mask = np.asarray(Image.open(path))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise DataError(f"{path} can't be read as a mask ({str(e) or type(e).__name__})") from e
-    if mask.ndim != 2 or mask.dtype.kind not in "ui" or not 0 <= mask.min() <= mask.max() < 65536:
-        raise DataError(f"{path} should be a mask of one channel of indices, and is {mask.dtype} of shape {mask.shape}")
-    return mask if mask.dtype == np.uint8 else mask.astype(np.uint16)
+def read_names(classes):
+    """Class names: a list of them, a file (one a line, what follows a tab if there is one), or comma-separated text."""
+    where, names = "--classes", classes
+    if isinstance(classes, Path) or isinstance(classes, str) and (os.path.isfile(classes) or classes.endswith(".txt")):
+        with reading(classes, "class names, one a line"):
+            lines = Path(classes).read_text(encoding="utf-8-sig").rstrip().splitlines()
+        where, names = classes, [line.split("\t")[-1].strip() for line in lines]
+    elif isinstance(classes, str):
+        names = [name.strip() for name in classes.split(",")]
+    if not names or "" in names:
+        raise DataError(f"{where} " + (f"has no name on line {names.index('') + 1}" if names else "holds no class name"))
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"{where} names {twice[0]!r} twice")
+    return list(names)
 
 
 def normalise(image):
     """PIL RGB image -> float [3,H,W] with CLIP's mean and standard deviation."""
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    return (x - mean) / std
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255).sub_(mean).div_(std)
 
 
 class TrainingCrops(torch.utils.data.Dataset):
@@ -174,14 +133,15 @@ class TrainingCrops(torch.utils.data.Dataset):
 
 def augment(image, labels, size, jitter, rng):
     """CAT-Seg's augmentation: shortest side to `size` (longest at most 1333/384 of it), random crop, SSD's colour jitter
-    (times `jitter`), flip, padding with 128 and IGNORE. PIL image, labels [H,W] -> PIL image size x size, labels [size,size]."""
+    (times `jitter`), flip, padding with 128 and IGNORE. PIL image, labels [H,W] -> PIL image, labels, both size x size."""
     scale = min(size / min(image.size), round(size * 1333 / 384) / max(image.size))
     width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    labels = Image.fromarray(labels.astype(np.int32)).resize((width, height), Image.Resampling.NEAREST)
     left, top = rng.integers(max(width - size, 0) + 1), rng.integers(max(height - size, 0) + 1)
-    box = (left, top, min(left + size, width), min(top + size, height))
-    image, labels = colour_jitter(image.crop(box), jitter, rng), np.asarray(labels.crop(box), np.int64)
+    columns, rows = np.arange(left, min(left + size, width)), np.arange(top, min(top + size, height))
+    x, y = image.width / width, image.height / height                                      # only the crop is resized
+    box = (x * left, y * top, min(x * (columns[-1] + 1), image.width), min(y * (rows[-1] + 1), image.height))
+    image = colour_jitter(image.resize((len(columns), len(rows)), Image.Resampling.BILINEAR, box), jitter, rng)
+    labels = labels[(y * (rows + 0.5)).astype(int)[:, None], (x * (columns + 0.5)).astype(int)]    # nearest
     if rng.uniform() < 0.5:
         image, labels = ImageOps.mirror(image), labels[:, ::-1]
     padded = Image.new("RGB", (size, size), (128, 128, 128))
@@ -191,7 +151,7 @@ def augment(image, labels, size, jitter, rng):
 
 
 def colour_jitter(image, strength, rng):
-    """SSD's photometric distortion, each with probability one half: brightness, contrast, saturation, hue. 1 is SSD's strength."""
+    """SSD's photometric distortion: brightness, contrast, saturation, hue, each with probability one half. strength 1: SSD's."""
     flags, (b, c, s, h) = rng.uniform(size=5) < 0.5, strength * rng.uniform(-1, 1, 4)
     brightness, contrast, saturation, hue = 32 * b, 1 + 0.5 * c, 1 + 0.5 * s, 18 * h
     stretch = lambda image, a, b: image.point([int(min(max(a * v + b, 0), 255)) for v in range(256)] * 3)
@@ -211,11 +171,16 @@ def batches(crops, batch_size, start, stop, rank=0, world=1, workers=0):
     Returns an iterable over (images [b,3,S,S], labels [b,S,S], paths).
     """
     mine = [[(step * world + rank) * batch_size + i for i in range(batch_size)] for step in range(start, stop)]
-    return torch.utils.data.DataLoader(crops, batch_sampler=mine, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                                       worker_init_fn=leave_process_group)
+    return torch.utils.data.DataLoader(crops, batch_sampler=mine, num_workers=workers, worker_init_fn=leave_process_group,
+                                       pin_memory=torch.cuda.is_available())
 
 
 def leave_process_group(worker):
-    """Signals sent to the whole process group (Ctrl-C, torchrun's SIGTERM) are the training process's to answer; its loader
+    """Signals to the whole process group (Ctrl-C, torchrun's SIGTERM) are the training process's to answer; its loader
     processes end when it ends them."""
     os.setpgrp()
+
+
+if __name__ == "__main__":
+    import benchmarks
+    benchmarks.main()

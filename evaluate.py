@@ -147,11 +147,12 @@ def evaluate(model, dataset, device, sliding=True, zero_shot=False, rank=0, worl
     model.eval()
     with torch.inference_mode():
         text = model.encode_text(model.tokenize(dataset.names))
-    total = torch.zeros(len(dataset.names), len(dataset.names), dtype=torch.int64, device=device)
+    count = len(dataset.evaluated)                                                         # all names from the last on are one
+    total = torch.zeros(count, count, dtype=torch.int64, device=device)
     for i in tqdm(range(rank, len(dataset), world), desc, disable=rank > 0, leave=False):
         image, labels, _ = dataset.load(i)
-        prediction = label_map(model, image, text, sliding=sliding, zero_shot=zero_shot)
-        total += confusion_matrix(prediction, torch.from_numpy(labels).to(device), len(dataset.names))
+        prediction = label_map(model, image, text, sliding=sliding, zero_shot=zero_shot).clamp(max=count - 1)
+        total += confusion_matrix(prediction, torch.from_numpy(labels).to(device), count)
     if world > 1:
         dist.all_reduce(total)
     return total
@@ -184,9 +185,11 @@ def table(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="of train.py, or one that CAT-Seg published")
-    parser.add_argument("--datasets", nargs="+", default=["toy"], help="coco-stuff, folder:PATH, toy, toy:N")
+    parser.add_argument("--datasets", nargs="+", default=["toy"], help=f"{', '.join(data.NAMES)}; all: "
+                        f"{', '.join(data.REPORTED)}")
     parser.add_argument("--split", default="val")
     parser.add_argument("--data-root", help="the folder that holds the datasets")
+    parser.add_argument("--classes", help="other names for the dataset's classes: a file, or comma-separated")
     parser.add_argument("--views", choices=("sliding", "whole"), help="CAT-Seg's five views, or one (default: one for toy)")
     parser.add_argument("--zero-shot", action="store_true", help="CLIP itself, without the head")
     parser.add_argument("--out", default="out/eval", help="folder for one JSON file per dataset")
@@ -195,15 +198,16 @@ def main():
     try:
         checkpoint = segmenter.read_checkpoint(args.checkpoint)
         net = segmenter.from_checkpoint(checkpoint, args.checkpoint).to(device)
-        datasets = [data.open_dataset(name, args.data_root, args.split) for name in args.datasets]
+        names = [n for name in args.datasets for n in (data.REPORTED if name == "all" else [name])]
+        datasets = [data.open_dataset(name, args.data_root, args.split, args.classes) for name in names]
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        for name, dataset in zip(args.datasets, datasets):
+        for name, dataset in zip(names, datasets):
             sliding = args.views != "whole" if args.views else not name.startswith("toy")
             confusion = evaluate(net, dataset, device, sliding, args.zero_shot, rank, world, desc=name)
             if rank == 0:
-                result = {"dataset": name, "split": args.split, "images": len(dataset), "checkpoint": args.checkpoint,
+                result = {"dataset": name, "split": args.split, "images": len(dataset), "source": dataset.source, "checkpoint": args.checkpoint,
                           "zero_shot": args.zero_shot, "views": 5 if sliding else 1,
-                          **summary(confusion, dataset.names, checkpoint.get("names"))}
+                          **summary(confusion, dataset.evaluated, checkpoint.get("names"))}
                 file = name.replace(":", "-").replace("/", "_") + "-zero-shot" * args.zero_shot + ".json"
                 path = Path(args.out) / file
                 path.write_text(json.dumps(result, indent=1))

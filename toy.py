@@ -99,6 +99,11 @@ class Scenes:
         self.objects = seen_objects(seed) if split == "train" else list(range(len(OBJECTS)))
         self.kept = self.objects + list(range(len(OBJECTS), len(NAMES)))
         self.names = [NAMES[i] for i in self.kept]
+        self.source = "toy.py"
+
+    @property
+    def evaluated(self):
+        return self.names
 
     def __len__(self):
         return SPLIT_SIZES[self.split]

@@ -60,13 +60,14 @@ RECIPE = {
     "eval-every": (10_000, 200, "steps between evaluations, 0 = only at the end"),
     "save-every": (1000, 100, "steps between checkpoints"),
 }
-FIXED = ("dataset", "clip", "pretrained", "init_cat_seg", "image_size", "channels", "adapt", "distill", "batch_size",
+FIXED = ("dataset", "classes", "clip", "pretrained", "init_cat_seg", "image_size", "channels", "adapt", "distill", "batch_size",
          "seed")  # what cannot change on resume
 
 
 def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", default="toy", help="toy, toy:N, coco-stuff, folder:PATH (default toy)")
+    p.add_argument("--dataset", default="toy", help=f"{', '.join(data.NAMES)} (default toy)")
+    p.add_argument("--classes", help="other names for the dataset's classes: a file, or comma-separated")
     p.add_argument("--data-root", help="the folder that holds the datasets")
     p.add_argument("--out", default="out", help="where everything is written (default out)")
     p.add_argument("--clip", help="tiny, or an open_clip ViT (default: tiny for toy, else ViT-B-16-quickgelu)")
@@ -200,9 +201,10 @@ def train(args, rank, world, device):
     out.mkdir(parents=True, exist_ok=True)
 
     # data and model
-    train_set, val_set = (data.open_dataset(args.dataset, args.data_root, split) for split in ("train", "val"))
-    say(f"{args.dataset}: {len(train_set)} training images of {len(train_set.names)} classes, "
-        f"{len(val_set)} validation images of {len(val_set.names)}")
+    train_set, val_set = (data.open_dataset(args.dataset, args.data_root, split, args.classes)
+                          for split in ("train", "val"))
+    for split, part in (("training", train_set), ("validation", val_set)):
+        say(f"{args.dataset}: {len(part)} {split} images of {len(part.names)} classes, from {part.source}")
     crops = data.TrainingCrops(train_set, args.image_size, args.seed, args.jitter)
     sliding, per_process = not args.dataset.startswith("toy"), args.batch_size // world
 

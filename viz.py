@@ -63,6 +63,14 @@ def grid(titles, rows, cell=192, legend=()):
     return sheet
 
 
+def samples(dataset, indices):
+    """A sheet of pictures from a dataset, their labels over them, and the labels alone. Returns a PIL image."""
+    items = [dataset.load(i) for i in indices]
+    rows = [[image, overlay(image, labels, dataset.evaluated), paint(labels, dataset.evaluated)] for image, labels, _ in items]
+    legend = present(dataset.evaluated, *(labels for _, labels, _ in items))
+    return grid(["picture", "labels over it", "labels"], rows, 288, legend)
+
+
 def present(names, *label_maps):
     """The names that occur in label maps, for a legend."""
     found = sorted({int(v) for labels in label_maps for v in np.unique(labels)} - {IGNORE})

@@ -3,6 +3,7 @@
     python tests/bench.py                        a table: FLOPs on meta tensors, measured seconds and peak memory of a step
     python tests/bench.py --json                 the same as one JSON object
     python tests/bench.py --classes 171 --flops  FLOPs only: deterministic, and a matter of seconds
+    python tests/bench.py --loader               training crops a second on one core, against the same in plain PIL calls
 
 ViT-B/16 (random weights), one 384 x 384 image, float32, K classes with names of COCO-Stuff's lengths. Each K is measured in
 a process of its own, so that the peak of resident memory is its own. FLOPs are PyTorch's count, forward and backward.
@@ -13,16 +14,19 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+from PIL import Image, ImageEnhance, ImageOps  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+import data  # noqa: E402
 import evaluate  # noqa: E402
 import losses  # noqa: E402
 import model as segmenter  # noqa: E402
@@ -122,6 +126,56 @@ def measure_evaluation(K, width=500, height=375):
             "rss_before_gb": before / 1e6}
 
 
+def plain_samples(dataset, draws, rng, size=384):
+    """What data.TrainingCrops does, as one would write it with nothing but PIL's and torch's everyday calls."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.MEAN, data.STD))
+    for i in draws:
+        image, mask = (Image.open(path) for path in dataset.pairs[i % len(dataset)])
+        side = tuple(int(n * size / min(image.size) + 0.5) for n in image.size)
+        image, mask = image.convert("RGB").resize(side, Image.Resampling.BILINEAR), mask.resize(side, Image.Resampling.NEAREST)
+        left, top = (int(rng.integers(n - size + 1)) for n in side)
+        image, mask = (im.crop((left, top, left + size, top + size)) for im in (image, mask))
+        flags, (b, c, s, h) = rng.uniform(size=5) < 0.5, rng.uniform(-1, 1, 4)
+        image = image.point([min(max(v + int(32 * b), 0), 255) for v in range(256)] * 3) if flags[0] else image
+        image = ImageEnhance.Contrast(image).enhance(1 + 0.5 * c) if flags[1] else image
+        image = ImageEnhance.Color(image).enhance(1 + 0.5 * s) if flags[2] else image
+        if flags[3]:
+            hue, *rest = image.convert("HSV").split()
+            image = Image.merge("HSV", (hue.point([(v + int(25 * h)) % 256 for v in range(256)]), *rest)).convert("RGB")
+        image, mask = (ImageOps.mirror(image), ImageOps.mirror(mask)) if flags[4] else (image, mask)
+        labels = torch.from_numpy(np.array(mask)).long()
+        labels[labels == 255] = losses.IGNORE
+        yield (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - mean) / std, labels
+
+
+def measure_loader(count=96, repeats=5):
+    """Samples a second of CPU time on one core, from 640 x 480 jpgs: data.batches, plain PIL, and the median of their ratios."""
+    torch.set_num_threads(1)
+    rng, rates = np.random.default_rng(0), []
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("images", "masks"):
+            Path(folder, kind, "train").mkdir(parents=True)
+        for i in range(32):
+            colours, noise = rng.integers(0, 255, (30, 40, 3), np.uint8), rng.normal(0, 6, (480, 640, 3))
+            image = np.asarray(Image.fromarray(colours).resize((640, 480), Image.Resampling.BICUBIC)) + noise
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(f"{folder}/images/train/{i}.jpg", quality=90)
+            mask = Image.fromarray(rng.integers(0, 20, (15, 20), np.uint8)).resize((640, 480), Image.Resampling.NEAREST)
+            mask.save(f"{folder}/masks/train/{i}.png")
+        Path(folder, "classes.txt").write_text("\n".join(f"class {i}" for i in range(20)))
+        dataset = data.open_dataset(f"folder:{folder}", None, "train")
+        for _ in range(repeats):
+            marks = [time.process_time()]
+            for batch in data.batches(data.TrainingCrops(dataset, 384, 0), 4, 0, count // 4):
+                pass
+            marks.append(time.process_time())
+            for batch in torch.utils.data.DataLoader(list(plain_samples(dataset, range(count), rng)), 4):
+                pass
+            marks.append(time.process_time())
+            rates.append([count / (b - a) for a, b in zip(marks, marks[1:])])
+    ours, plain = np.median(rates, 0)
+    return {"crops_per_second": ours, "plain_pil": plain, "times_slower": float(np.median([p / o for o, p in rates]))}
+
+
 def alone(expression):
     """Evaluate a call of this file's in a process of its own."""
     code = f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; print(json.dumps(bench.{expression}))"
@@ -135,7 +189,10 @@ def main():
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--flops", action="store_true", help="count, but don't measure")
     parser.add_argument("--recompute-head", action="store_true", help="with train.py's flag of this name")
+    parser.add_argument("--loader", action="store_true", help="measure the data pipeline instead")
     args = parser.parse_args()
+    if args.loader:
+        return print(json.dumps(measure_loader()))
     results = {}
     for K in args.classes:
         results[str(K)] = r = {"flops": count_flops(K, recompute=args.recompute_head)}

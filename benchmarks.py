@@ -18,28 +18,28 @@ from PIL import Image
 from tqdm import tqdm
 
 import viz
-from data import NAMES, DataError, open_dataset, read_image, read_names, reading
+from data import IMAGE_TYPES, NAMES, DataError, open_dataset, read_image, read_names, reading
 from losses import IGNORE
 
-IMAGE_TYPES, MASK_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp"), (".png", ".tif", ".tiff", ".mat")
+MASK_TYPES = (".png", ".tif", ".tiff", ".mat")
 STRANGE = IGNORE - 1                                                                       # marks values no mask should hold
 
 
-# Readers: path of a mask -> its raw values, uint8 or uint16 [H,W]. All raise DataError.
+# Readers: path of a mask -> its raw values [H,W]. `Files.load` checks what they return.
 
 def read_mask(path):
     """A picture of one channel; of a palette its indices, never its colours."""
     with reading(path, "a mask"):
-        mask = np.asarray(Image.open(path))
-    if mask.ndim != 2 or mask.dtype.kind not in "ui" or not 0 <= mask.min() <= mask.max() < 65536:
-        raise DataError(f"{path} should be a mask of one channel of indices, and is {mask.dtype} of shape {mask.shape}")
-    return mask if mask.dtype == np.uint8 else mask.astype(np.uint16)
+        return np.asarray(Image.open(path))
 
 
 def read_ade_colours(path):
     """ADE20K's *_seg.png: red and green hold the id of the object's class."""
     with reading(path, "an ADE20K mask"):
-        red, green, _ = np.moveaxis(np.asarray(Image.open(path), np.uint16), -1, 0)
+        picture = Image.open(path)
+        if picture.mode != "RGB":
+            raise ValueError(f"it should be RGB and is {picture.mode}")
+        red, green, _ = np.moveaxis(np.asarray(picture, np.uint16), -1, 0)
         return red // 10 * 256 + green
 
 
@@ -47,12 +47,13 @@ def read_label_map(path):
     """PASCAL-Context's .mat files."""
     with reading(path, "a LabelMap"):
         from scipy.io import loadmat
-        return np.asarray(loadmat(path)["LabelMap"]).astype(np.uint16)
+        return loadmat(path)["LabelMap"] + np.uint16(0)                                    # never 8 bits
 
 
 class RunLengths(NamedTuple):
     """The masks of one image in the JSON of PASCAL in Detail."""
     where: str
+    phase: str
     size: tuple  # height, width
     masks: list  # of (category id, run lengths), in the file's order
 
@@ -72,16 +73,16 @@ def read_painted(image):
         return canvas
 
 
-def read_detail(path, split):
-    """The JSON of PASCAL in Detail -> {stem: RunLengths} for the images of a split."""
+def read_detail(path):
+    """The JSON of PASCAL in Detail -> {stem: RunLengths}."""
     with reading(path, "annotations of PASCAL in Detail"):
-        content = json.loads(path.read_text())
-        images = {im["image_id"]: im for im in content["images"] if im["phase"] == split}
-        found = {i: RunLengths(f"{path}, {im['file_name']}", (im["height"], im["width"]), []) for i, im in images.items()}
+        content, found = json.loads(path.read_text()), {}
+        for image in content["images"]:
+            name, size = image["file_name"], (image["height"], image["width"])
+            found[image["image_id"]] = RunLengths(f"{path}, {name}", image["phase"], size, [])
         for mask in content["annos_segmentation"]:
-            if mask["image_id"] in found:
-                found[mask["image_id"]].masks.append((mask["category_id"], mask["segmentation"]))
-        return {Path(images[i]["file_name"]).stem: runs for i, runs in found.items()}
+            found[mask["image_id"]].masks.append((mask["category_id"], mask["segmentation"]))
+        return {Path(image["file_name"]).stem: found[image["image_id"]] for image in content["images"]}
 
 
 # What lies where.
@@ -158,11 +159,12 @@ def open_files(name, root, split):
         raise DataError("--dataset voc-20b is for evaluation only, its background being 39 names: train on voc-20")
     root = Path(root)
     wanted = [fixed_part(root, source.masks, split) for source in SOURCES[name]]
-    source = next((s for s, path in zip(SOURCES[name], wanted) if path.exists()), None)
+    there = [path.is_file() or path.is_dir() and any(path.iterdir()) for path in wanted]
+    source = next((s for s, found in zip(SOURCES[name], there) if found), None)
     if source is None:
         near = [p for p in (*root.resolve().parents[:2], *root.glob("*/")) if any((p / top).is_dir() for top in tops)]
         hint = f"; --data-root should be {near[0]}" if near else ""
-        raise DataError(f"--dataset {name}: none of {', '.join(map(str, dict.fromkeys(wanted)))} exists{hint}")
+        raise DataError(f"--dataset {name}: nothing is in {', '.join(map(str, dict.fromkeys(wanted)))}{hint}")
     vocabulary = Path(__file__).parent / "classes" / f"{name}.txt"
     if source.raw is None:
         source = source._replace(raw=[int(line.split("\t")[0]) for line in vocabulary.read_text().splitlines()])
@@ -179,7 +181,7 @@ class Files:
         self.table[self.raw] = np.arange(len(self.raw))
         image_folder, mask_place = (fixed_part(root, pattern, split) for pattern in (source.images, source.masks))
         images = find_files(root, source.images, split, IMAGE_TYPES)
-        masks = (read_detail(mask_place, split) if mask_place.suffix == ".json" else
+        masks = (read_detail(mask_place) if mask_place.suffix == ".json" else
                  find_files(root, source.masks, split, MASK_TYPES))
         self.source = f"{image_folder} with {mask_place}" + f" ({source.note})" * bool(source.note)
         ids, listed = (masks if source.ids is None else images | masks), None
@@ -196,7 +198,7 @@ class Files:
                 there = masks.get(lonely[0], images.get(lonely[0], listed))
                 raise DataError(f"{there} has no partner {lonely[0]} in {folder} ({len(lonely)} such): every image needs a "
                                 f"mask of the same name, and the reverse")
-        self.pairs = [(images[i], masks[i]) for i in sorted(ids)]
+        self.pairs = [(images[i], masks[i]) for i in sorted(set(ids))]
 
     @property
     def evaluated(self):
@@ -209,6 +211,8 @@ class Files:
     def load(self, i):
         path, mask_path = self.pairs[i]
         image, mask = read_image(path), self.read_mask(mask_path)
+        if mask.ndim != 2 or mask.dtype.kind not in "ui" or not 0 <= mask.min() <= mask.max() < 65536:
+            raise DataError(f"{mask_path} should be a mask of one channel of indices, not {mask.dtype} of shape {mask.shape}")
         if mask.shape != image.size[::-1]:
             raise DataError(f"{mask_path} is {mask.shape[1]} x {mask.shape[0]}, its image {image.width} x {image.height}")
         if mask.dtype == np.uint8 and max(self.raw) >= 255:
@@ -216,8 +220,10 @@ class Files:
         labels = self.table.take(mask)                                                        # [H,W]
         if labels.min() == STRANGE:
             void = [value for value in (0, 255, 65535) if self.table[value] == IGNORE]
-            raise DataError(f"{mask_path} holds the value {mask[labels == STRANGE][0]}, which is no class of its {len(self.raw)} "
-                            f"(expected {min(self.raw)}..{max(self.raw)}, or {' or '.join(map(str, void))} to ignore)")
+            hint = "; are these the ids of labels.txt, which are larger by one?" if self.raw == COCO else ""
+            raise DataError(f"{mask_path} holds the value {mask[labels == STRANGE][0]}, which none of the {len(self.raw)} "
+                            f"classes has (they lie in {min(self.raw)}..{max(self.raw)}, and "
+                            f"{' or '.join(map(str, void))} is ignored){hint}")
         if self.short_side and min(image.size) > self.short_side:
             image, labels = shrink(image, labels, self.short_side)
         return image, labels, str(path)
@@ -250,7 +256,7 @@ def find_files(root, pattern, split, types):
                    and not p.name.startswith(".") and not p.stem.endswith("_labelTrainIds"))
     found = {p.stem.removesuffix("_seg") if inner.endswith("_seg.png") else p.stem: p for p in paths}
     if not found:
-        raise DataError(f"{folder} holds no file {inner} of type {', '.join(types)}")
+        raise DataError(f"{folder} holds no file {inner}" + f" of type {', '.join(types)}" * inner.endswith("*"))
     twins = [p for p in paths if p not in set(found.values())]
     if twins:
         raise DataError(f"{twins[0]} has a twin of another type in {folder}")
@@ -260,7 +266,8 @@ def find_files(root, pattern, split, types):
 def read_list(path, split, masks):
     """The stems that a list names: the first word of each line, or of a .json the images of that phase."""
     if path.suffix == ".json":
-        ids = list(read_detail(path, split))
+        details = masks if any(isinstance(m, RunLengths) for m in masks.values()) else read_detail(path)
+        ids = [stem for stem, image in details.items() if image.phase == split]
     else:
         with reading(path, "a list of images"):
             ids = [Path(line.split()[0]).stem for line in path.read_text().splitlines() if line.strip()]

@@ -29,14 +29,13 @@ from losses import IGNORE
 
 REPORTED = ("ade20k-847", "pc-459", "ade20k-150", "pc-59", "voc-20", "voc-20b")            # on which the field compares
 NAMES = ("coco-stuff", *REPORTED, "folder:PATH", "toy", "toy:N")
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # CLIP's
 
 
 class DataError(ValueError):
     """Something wrong with a dataset, in one sentence that names the path."""
 
-
-# Readers: path of a mask -> its raw values, uint8 or uint16 [H,W].
 
 @contextlib.contextmanager
 def reading(path, kind):
@@ -46,16 +45,22 @@ def reading(path, kind):
     except ImportError as e:
         raise DataError(f"{path} needs a package to be read: pip install {e.name}") from e
     except Exception as e:
-        raise DataError(f"{path} can't be read as {kind} ({' '.join(str(e).split()) or type(e).__name__})") from e
+        what = f"there is no {e} in it" if isinstance(e, KeyError) else " ".join(str(e).split()) or type(e).__name__
+        raise DataError(f"{path} can't be read as {kind} ({what})") from e
 
 
 def read_image(path):
-    """RGB, turned upright as its EXIF data says. Raises DataError."""
+    """A picture file -> PIL image, as `upright_rgb` makes it. Raises DataError."""
     with reading(path, "an image"):
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode.startswith("I"):                                                     # 16 bits, which PIL would clip
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        return image.convert("RGB")
+        return upright_rgb(Image.open(path))
+
+
+def upright_rgb(image):
+    """A PIL image of any mode -> RGB, turned upright as its EXIF data says, 16 bits scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):                                                         # which PIL would clip
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def open_dataset(name, root, split, classes=None):

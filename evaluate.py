@@ -1,25 +1,31 @@
-"""Evaluation: label maps by sliding windows, confusion matrices, mIoU.
+"""Evaluation: label maps by sliding windows, confusion matrices, mIoU; and pictures of one's own.
 
     python evaluate.py --checkpoint out/last.pt --datasets toy                                    one process
-    torchrun --nproc_per_node=8 evaluate.py --checkpoint last.pt --datasets coco-stuff --data-root DIR
+    torchrun --nproc_per_node=8 evaluate.py --checkpoint last.pt --datasets all --data-root DIR   the six benchmarks
+    python evaluate.py --checkpoint out/last.pt --image photo.jpg --classes "cat, sofa, wooden floor"
 
-Every image is evaluated once, whatever the number of processes. Writes out/eval/DATASET.json beside the printed table.
+Every image is evaluated once, whatever the number of processes. The tables are also written, to --out/DATASET.json; a
+picture's labels to photo.seg.png beside it, or in --out.
 """
 import argparse
+import glob
 import json
 import os
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 import data
 import model as segmenter
+import viz
 from losses import IGNORE
 
 
@@ -103,13 +109,16 @@ def label_map(model, image, text, **options):
 
 
 def segment(model, image, names, **options):
-    """Label every pixel of a PIL image with one of the names (a list of strings). Returns int64 [H,W], indices into names."""
+    """Label every pixel of a PIL image with one of the names (a list of strings). Returns int64 [H,W], indices into names.
+
+    options: those of `class_scores`; sliding=False looks once instead of five times.
+    """
     if isinstance(names, str) or not names:
         raise ValueError(f"names should be a list of at least one class name, not {names!r}")
     model.eval()
     with torch.inference_mode():
         text = model.encode_text(model.tokenize(names))
-    return label_map(model, ImageOps.exif_transpose(image).convert("RGB"), text, **options)
+    return label_map(model, data.upright_rgb(image), text, **options)
 
 
 def confusion_matrix(prediction, labels, num_classes):
@@ -142,17 +151,30 @@ def class_iou(confusion):
     return c.diagonal() / union.clamp(min=1), c.sum(1) > 0, union
 
 
-def evaluate(model, dataset, device, sliding=True, zero_shot=False, rank=0, world=1, desc="evaluating"):
-    """Confusion matrix over a dataset, summed over processes, each of which takes every world-th image."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM during an evaluation. Holds what this process had: confusion matrix, number of images."""
+
+
+def evaluate(model, dataset, device, sliding=True, zero_shot=False, rank=0, world=1, desc="evaluating", keep=None):
+    """Confusion matrix over a dataset, summed over processes, each of which takes every world-th image.
+
+    keep: called as keep(i, image, labels, prediction, path) for every image, labels and prediction [H,W] on the CPU.
+    """
     model.eval()
     with torch.inference_mode():
         text = model.encode_text(model.tokenize(dataset.names))
     count = len(dataset.evaluated)                                                         # all names from the last on are one
     total = torch.zeros(count, count, dtype=torch.int64, device=device)
-    for i in tqdm(range(rank, len(dataset), world), desc, disable=rank > 0, leave=False):
-        image, labels, _ = dataset.load(i)
-        prediction = label_map(model, image, text, sliding=sliding, zero_shot=zero_shot).clamp(max=count - 1)
-        total += confusion_matrix(prediction, torch.from_numpy(labels).to(device), count)
+    mine = range(rank, len(dataset), world)
+    for done, i in enumerate(tqdm(mine, desc, disable=rank > 0, leave=False)):
+        try:
+            image, labels, path = dataset.load(i)
+            prediction = label_map(model, image, text, sliding=sliding, zero_shot=zero_shot).clamp(max=count - 1)
+            total += confusion_matrix(prediction, torch.from_numpy(labels).to(device), count)
+            if keep:
+                keep(i, image, labels, prediction.cpu().numpy(), path)
+        except KeyboardInterrupt as e:
+            raise Interrupted(total, done) from e
     if world > 1:
         dist.all_reduce(total)
     return total
@@ -182,39 +204,107 @@ def table(rows):
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|"] + lines[1:])
 
 
+def evaluate_datasets(net, checkpoint, args, rank, world, device):
+    """--datasets: a table and a JSON file for each, and what --save-labels and --save-pictures ask for."""
+    names = [n for name in args.datasets for n in (data.REPORTED if name == "all" else [name])]
+    datasets = [data.open_dataset(name, args.data_root, args.split, args.classes) for name in names]
+    for name, dataset in zip(names, datasets):
+        if rank == 0:
+            print(f"{name}: {len(dataset)} images, {len(dataset.names)} names, from {dataset.source}")
+        out = Path(args.out or "out/eval", (name + "-zero-shot" * args.zero_shot).replace(":", "-").replace("/", "_"))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        drawn = range(0, len(dataset), max(1, len(dataset) // args.save_pictures)) if args.save_pictures else ()
+
+        def keep(i, image, labels, prediction, path):
+            if args.save_labels:
+                (out / "labels").mkdir(parents=True, exist_ok=True)
+                depth = np.uint8 if len(dataset.evaluated) <= 256 else np.uint16
+                Image.fromarray(prediction.astype(depth)).save(out / "labels" / f"{Path(path).stem}.png")
+            if i in drawn[:args.save_pictures]:
+                (out / "pictures").mkdir(parents=True, exist_ok=True)
+                viz.comparison(image, labels, prediction, dataset.evaluated).save(out / "pictures" / f"{Path(path).stem}.png")
+
+        sliding = args.views != "whole" if args.views else not name.startswith("toy")
+        images, interruption = len(dataset), None
+        try:
+            confusion = evaluate(net, dataset, device, sliding, args.zero_shot, rank, world, name, keep)
+        except Interrupted as e:
+            interruption = e
+            confusion, images = e.args
+        if rank == 0:
+            result = {"dataset": name, "split": args.split, "images": images, "source": dataset.source,
+                      "checkpoint": args.checkpoint, "zero_shot": args.zero_shot, "views": 5 if sliding else 1,
+                      **summary(confusion, dataset.evaluated, checkpoint.get("names"))}
+            path = out.with_name(out.name + (".partial.json" if interruption else ".json"))
+            path.write_text(json.dumps(result, indent=1))
+            ranked = sorted(result["classes"].items(), key=lambda c: -1 if c[1] is None else c[1], reverse=True)
+            print(table([["class", "IoU"], *([n, "no pixels" if v is None else v] for n, v in ranked)]) + "\n")
+            print(table([["per cent", name], *([TITLES[k], v] for k, v in result.items() if k in TITLES and v is not None)]))
+            if interruption:
+                print(f"interrupted: this is what the first process had after {images} of {len(dataset)} images")
+            print(f"written to {path}" + f" and {out}" * out.is_dir())
+        if interruption:
+            raise interruption
+
+
+TITLES = {"mIoU_ground_truth": "mIoU over classes with ground truth (as CAT-Seg, SED)",
+          "mIoU_union": "mIoU also over classes only predicted (as MAFT+, SAN)", "pixel_accuracy": "pixel accuracy",
+          "seen": "mIoU of names that training showed", "unseen": "mIoU of the others", "harmonic": "harmonic mean of these"}
+
+
+def label_images(net, checkpoint, args, rank, world):
+    """--image: label pictures with the names in --classes and draw them. Returns what went wrong, a sentence for each."""
+    if not args.classes:
+        raise ValueError('--image needs --classes, as in --classes "cat, sofa, wooden floor"')
+    names, paths, wrong = data.read_names(args.classes), [], []
+    for pattern in args.image:
+        found = [pattern] if os.path.isfile(pattern) else glob.glob(f"{pattern}/*" if os.path.isdir(pattern) else pattern)
+        found = [Path(p) for p in sorted(found) if Path(p).suffix.lower() in data.IMAGE_TYPES and not p.endswith(".seg.png")]
+        if not found:
+            raise ValueError(f"--image {pattern}: there is no such picture")
+        paths += found
+    sliding = args.views != "whole" if args.views else not str(checkpoint.get("args", {}).get("dataset")).startswith("toy")
+    stems = [p.stem for p in paths]
+    for path in tqdm(paths[rank::world], "pictures", disable=rank > 0 or len(paths) == 1):
+        target = Path(args.out or path.parent, (path.stem if stems.count(path.stem) == 1 else path.name) + ".seg.png")
+        try:
+            image = data.read_image(path)
+            labels = segment(net, image, names, sliding=sliding, zero_shot=args.zero_shot).cpu().numpy()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            viz.segmentation(image, labels, names).save(target)
+            shares = np.bincount(labels.ravel(), minlength=len(names)) / labels.size
+            tqdm.write(f"{target}: " + ", ".join(f"{names[i]} {100 * shares[i]:.1f} %" for i in np.argsort(-shares) if shares[i]))
+        except data.DataError as e:
+            wrong.append(f"error: {e}")
+    return wrong
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="of train.py, or one that CAT-Seg published")
-    parser.add_argument("--datasets", nargs="+", default=["toy"], help=f"{', '.join(data.NAMES)}; all: "
-                        f"{', '.join(data.REPORTED)}")
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--data-root", help="the folder that holds the datasets")
-    parser.add_argument("--classes", help="other names for the dataset's classes: a file, or comma-separated")
-    parser.add_argument("--views", choices=("sliding", "whole"), help="CAT-Seg's five views, or one (default: one for toy)")
-    parser.add_argument("--zero-shot", action="store_true", help="CLIP itself, without the head")
-    parser.add_argument("--out", default="out/eval", help="folder for one JSON file per dataset")
-    args = parser.parse_args()
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--checkpoint", required=True, help="of train.py, or one that CAT-Seg published")
+    p.add_argument("--datasets", nargs="+", default=["toy"], help=f"{', '.join(data.NAMES)}; all: {', '.join(data.REPORTED)}")
+    p.add_argument("--split", default="val")
+    p.add_argument("--data-root", help="the folder that holds the datasets")
+    p.add_argument("--image", nargs="+", help="pictures, folders of pictures or patterns, to label instead of a dataset's")
+    p.add_argument("--classes", help="names to look for, a file or comma-separated (a dataset's own are the default)")
+    p.add_argument("--views", choices=("sliding", "whole"), help="CAT-Seg's five views, or one (default: one for toy)")
+    p.add_argument("--zero-shot", action="store_true", help="CLIP itself, without the head")
+    p.add_argument("--save-labels", action="store_true", help="write the predicted labels as png, 16-bit from 257 classes on")
+    p.add_argument("--save-pictures", type=int, default=0, metavar="N", help="draw N images: ground truth, prediction")
+    p.add_argument("--out", help="folder to write to (default out/eval; with --image, beside the picture)")
+    args = p.parse_args()
     rank, world, device = start_processes()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         checkpoint = segmenter.read_checkpoint(args.checkpoint)
-        net = segmenter.from_checkpoint(checkpoint, args.checkpoint).to(device)
-        names = [n for name in args.datasets for n in (data.REPORTED if name == "all" else [name])]
-        datasets = [data.open_dataset(name, args.data_root, args.split, args.classes) for name in names]
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        for name, dataset in zip(names, datasets):
-            sliding = args.views != "whole" if args.views else not name.startswith("toy")
-            confusion = evaluate(net, dataset, device, sliding, args.zero_shot, rank, world, desc=name)
-            if rank == 0:
-                result = {"dataset": name, "split": args.split, "images": len(dataset), "source": dataset.source, "checkpoint": args.checkpoint,
-                          "zero_shot": args.zero_shot, "views": 5 if sliding else 1,
-                          **summary(confusion, dataset.evaluated, checkpoint.get("names"))}
-                file = name.replace(":", "-").replace("/", "_") + "-zero-shot" * args.zero_shot + ".json"
-                path = Path(args.out) / file
-                path.write_text(json.dumps(result, indent=1))
-                print(table([["per cent", name], *([k, v] for k, v in result.items() if isinstance(v, float))]))
-                print(f"written to {path}")
+        net = segmenter.from_checkpoint(checkpoint, args.checkpoint).to(device).eval()
+        if args.image:
+            sys.exit("\n".join(label_images(net, checkpoint, args, rank, world)) or 0)
+        evaluate_datasets(net, checkpoint, args, rank, world, device)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -134,9 +134,9 @@ class TextEncoder(nn.Module):
         return F.normalize(self.ln_final(x) @ self.text_projection, dim=-1)                # [K,D]
 
 
-def tokenize(names, context_length=77):
-    """K class names in PROMPT -> tokens [K,n], n the longest prompt's length; of comma-separated synonyms the first counts."""
-    prompts = [PROMPT.format(name.split(",")[0].strip()) for name in names]
+def tokenize(names, context_length=77, prompt=PROMPT):
+    """K class names in a prompt -> tokens [K,n], n the longest one's length; of comma-separated synonyms the first counts."""
+    prompts = [prompt.format(name.split(",")[0].strip()) for name in names]
     tokens = open_clip.tokenizer.SimpleTokenizer(context_length=context_length)(prompts)
     return tokens[:, :tokens.argmax(-1).max() + 1]
 
@@ -337,9 +337,9 @@ class Segmenter(nn.Module):
         self.head = Head(clip.visual.output_dim, clip.visual.conv1.out_channels, self.grid[0], channels)
         self.set_trained("both")
 
-    def tokenize(self, names):
+    def tokenize(self, names, prompt=PROMPT):
         """K class names -> tokens [K,n], as `model.tokenize` does, on the model's device."""
-        return tokenize(names, self.text_encoder.context_length).to(self.logit_scale.device)
+        return tokenize(names, self.text_encoder.context_length, prompt).to(self.logit_scale.device)
 
     def encode_image(self, images):
         """images [B,3,S,S], normalised with CLIP's mean and std -> patches V [B,L,D], middle features for `decode`."""

@@ -1,12 +1,33 @@
-"""The paper's analysis: what becomes of reference patches while CLIP is fine-tuned."""
+"""The paper's analysis: what becomes of CLIP's features, reference patches above all, while CLIP is fine-tuned.
+
+    python study.py pictures --checkpoint out/last.pt --dataset toy          Figure 1 made of one's own data
+    python study.py shift --checkpoints out/step-*.pt plain/last.pt --dataset toy
+
+`shift` compares checkpoints: a run's snapshots (train.py --snapshot-every), or runs with different --adapt and --distill.
+Checkpoints hold what of the original CLIP has trained since, so nothing else is needed. Written to --out: pictures.png;
+shift.json and shift.png.
+"""
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import data
 import evaluate
+import model as segmenter
 import viz
+from ema import MomentumEncoder
 from losses import IGNORE, patch_labels, reference_mask
+
+SCORES = ("seen", "unseen", "mIoU_ground_truth")                                           # in per cent
+PROMPTS = (segmenter.PROMPT, "a photo of a {}", "there is a {} here", "a close view of the {}", "{}")  # for texts' variance
 
 
 @torch.no_grad()
@@ -31,27 +52,211 @@ def reference_statistics(model, original, original_text, tokens, batches, device
     return share.item(), drift.item()
 
 
+def one_view(model, image, labels):
+    """A picture squeezed to the model's size: (images [1,3,S,S], patch labels [1,L])."""
+    device, size = model.logit_scale.device, (model.image_size, model.image_size)
+    target = F.interpolate(torch.from_numpy(labels).float()[None, None], size, mode="nearest").long()[0]
+    return data.normalise(image.resize(size))[None].to(device), patch_labels(target, model.grid).to(device)
+
+
 @torch.no_grad()
 def example_sheet(model, original, original_text, momentum, dataset, sliding, count=6):
     """A row per image, the paper's Figure 1 made of one's own data. Returns a PIL image.
 
-    Columns: picture, ground truth, the model's labels, and the reference patches of the original CLIP and of the momentum
-    encoder (of the model itself without one). For the patches, the picture is squeezed to one view.
+    Columns: picture, ground truth, the reference patches of the original CLIP and of the momentum encoder, the patches that
+    the model's own features name rightly, and the labels that its head makes of them. original, momentum: MomentumEncoders;
+    without momentum, the model itself takes its place.
     """
-    text, rows, maps = model.encode_text(model.tokenize(dataset.names)), [], []
-    for i in range(min(count, len(dataset))):
+    text, names, rows, maps = model.encode_text(model.tokenize(dataset.names)), dataset.evaluated, [], []
+    for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int):
         image, labels, _ = dataset.load(i)
-        prediction = evaluate.label_map(model, image, text, sliding=sliding).cpu().numpy()
-        view = data.normalise(image.resize((model.image_size, model.image_size)))[None].to(text.device)
-        target = torch.from_numpy(labels).float()[None, None]
-        target = F.interpolate(target, view.shape[2:], mode="nearest").long()[0]
-        grid = patch_labels(target.to(text.device), model.grid)
-        later = momentum.encode_image(view) if momentum else model.encode_image(view)[0]
-        masks = [reference_mask(v, t, grid).reshape(model.grid).cpu().numpy()
-                 for v, t in ((original.encode_image(view), original_text), (later, text))]
-        rows.append([image, viz.paint(labels, dataset.names), viz.paint(prediction, dataset.names),
-                     *(viz.highlight(image, mask) for mask in masks)])
+        prediction = evaluate.label_map(model, image, text, sliding=sliding).clamp(max=len(names) - 1).cpu().numpy()
+        view, patches = one_view(model, image, labels)
+        own = model.encode_image(view)[0]
+        later = momentum.encode_image(view) if momentum else own
+        masks = [reference_mask(v, t, patches).reshape(model.grid).cpu().numpy()
+                 for v, t in ((original.encode_image(view), original_text), (later, text), (own, text))]
+        rows.append([image, viz.paint(labels, names), *(viz.highlight(image, mask) for mask in masks),
+                     viz.paint(prediction, names)])
         maps += [labels, prediction]
-    titles = ["picture", "ground truth", "prediction", "reference patches\nof the original CLIP",
-              "reference patches\nof the momentum encoder" if momentum else "reference patches\nof this model"]
-    return viz.grid(titles, rows, legend=viz.present(dataset.names, *maps))
+    titles = ["picture", "ground truth", "reference patches\nof the original CLIP",
+              "reference patches of\nthe momentum encoder" if momentum else "reference patches\nof this model",
+              "patches that are right\nin the target CLIP", "prediction"]
+    return viz.grid(titles, rows, entries=viz.present(names, *maps))
+
+
+class Part:
+    """Some of a dataset's images, evenly spread; all of them for count 0."""
+
+    def __init__(self, dataset, count):
+        self.names, self.evaluated, self.dataset = dataset.names, dataset.evaluated, dataset
+        self.indices = np.linspace(0, len(dataset) - 1, min(count or len(dataset), len(dataset))).astype(int)
+
+    def __len__(self):
+        return len(self.indices)
+
+    def load(self, i):
+        return self.dataset.load(self.indices[i])
+
+
+class Spread:
+    """Intra-class variance and inter-class separation of unit vectors, gathered by class.
+
+    Variance: 1 - cos of a vector to its class's mean direction, first averaged over a class and then over classes. With u
+    the mean of a class's unit vectors, that is 1 - |u|. Separation: 1 - cos between two classes' mean directions, averaged
+    over pairs of classes.
+    """
+
+    def __init__(self, num_classes, width, device):
+        self.sums = torch.zeros(num_classes, width, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
+
+    def add(self, vectors, classes):
+        """vectors [n,D] of any length, classes [n]."""
+        self.sums.index_add_(0, classes, F.normalize(vectors, dim=-1).double())
+        self.counts.index_add_(0, classes, torch.ones_like(classes, dtype=torch.float64))
+
+    def result(self):
+        """(variance, separation); separation is NaN for fewer than two classes."""
+        there = self.counts > 0
+        means = self.sums[there] / self.counts[there, None]
+        cosines, n = F.normalize(means, dim=-1) @ F.normalize(means, dim=-1).T, len(means)
+        separation = 1 - (cosines.sum() - cosines.diagonal().sum()) / (n * (n - 1)) if n > 1 else torch.tensor(float("nan"))
+        return (1 - means.norm(dim=-1)).mean().item(), separation.item()
+
+
+@torch.no_grad()
+def shift_statistics(model, original, dataset, desc="patches"):
+    """The paper's quantities for one model against the original CLIP, over a dataset's images, each squeezed to one view.
+
+    Reference patches: those that the original CLIP names rightly, Eq. (1). Noisy patches ("globally contaminated"): those
+    that it gives to the image's dominant class, the one with the most patches, though they belong to another.
+    Returns a dict of numbers: shift_reference, shift_noisy, shift_text: 1 - cos to the original CLIP's features, averaged
+    over these patches and over class names. contamination: among the patches that this model names wrongly, the share that it
+    gives to the image's dominant class. reference_share: of the labelled patches, those that it names rightly. And
+    variance and separation of patches and of texts, as `Spread` has them; a name's texts are its PROMPTS.
+    """
+    tokens, K = model.tokenize(dataset.names), len(dataset.names)
+    device, text, first_text = tokens.device, model.encode_text(tokens), original.encode_text(tokens)
+    sums, spread = torch.zeros(7, dtype=torch.float64, device=device), Spread(K, text.shape[1], device)
+    for i in tqdm(range(len(dataset)), desc, leave=False):
+        image, labels, _ = dataset.load(i)
+        view, labels = one_view(model, image, labels)
+        known = (labels != IGNORE)[0]
+        if not known.any():
+            continue
+        labels, patches, first = labels[0][known], model.encode_image(view)[0][0][known], original.encode_image(view)[0][0][known]
+        dominant = labels.bincount(minlength=K).argmax()
+        guess, first_guess = (F.normalize(v, dim=-1) @ t.T for v, t in ((patches, text), (first, first_text)))
+        guess, first_guess = (g.argmax(-1).clamp(max=len(dataset.evaluated) - 1) for g in (guess, first_guess))
+        reference, wrong = first_guess == labels, guess != labels
+        noisy = ~reference & (first_guess == dominant)
+        drift = (1 - F.cosine_similarity(patches, first, dim=-1)).clamp(min=0)
+        sums += torch.stack([drift[reference].sum(), reference.sum(), drift[noisy].sum(), noisy.sum(),
+                             (wrong & (guess == dominant)).sum(), wrong.sum(), (~wrong).sum()]).double()
+        spread.add(patches, labels)
+    texts, classes = Spread(K, text.shape[1], device), torch.arange(K, device=device)
+    for prompt in PROMPTS:
+        texts.add(model.encode_text(model.tokenize(dataset.names, prompt)), classes)
+    share = lambda a, b: (sums[a] / sums[b]).item() if sums[b] else None
+    variance, separation = spread.result()
+    text_variance, text_separation = texts.result()
+    return {"shift_reference": share(0, 1), "shift_noisy": share(2, 3),
+            "shift_text": (1 - F.cosine_similarity(text, first_text, dim=-1)).clamp(min=0).mean().item(), "contamination": share(4, 5),
+            "reference_share": (sums[6] / (sums[5] + sums[6])).item(), "patch_variance": variance,
+            "patch_separation": separation, "text_variance": text_variance, "text_separation": text_separation}
+
+
+def pearson(x, y):
+    """Pearson's correlation of two lists of numbers; None for fewer than three pairs, or where one does not vary."""
+    pairs = np.array([(a, b) for a, b in zip(x, y) if a is not None and b is not None], float).reshape(-1, 2)
+    if len(pairs) < 3 or (pairs.std(0) < 1e-12).any():
+        return None
+    return float(np.corrcoef(pairs.T)[0, 1])
+
+
+def read(path, device):
+    """(checkpoint, its model, the same with the original CLIP's weights) of a checkpoint of train.py."""
+    checkpoint = segmenter.read_checkpoint(path)
+    if "original" not in checkpoint:
+        raise ValueError(f"{path} does not hold the original CLIP's weights: it is no checkpoint of this version's train.py")
+    net = segmenter.from_checkpoint(checkpoint, path).to(device).eval()
+    net.set_trained(checkpoint["args"]["adapt"])
+    original = copy.deepcopy(net)
+    segmenter.load_state(original, {**checkpoint["model"], **checkpoint["original"]}, path)
+    return checkpoint, net, original
+
+
+def pictures(args, device):
+    checkpoint, net, original = read(args.checkpoint, device)
+    dataset = data.open_dataset(args.dataset, args.data_root, args.split, args.classes)
+    momentum = None
+    if checkpoint["momentum"]:
+        momentum = MomentumEncoder(net, 1.0)
+        momentum.load_state_dict(checkpoint["momentum"])
+    with torch.no_grad():
+        text = original.encode_text(original.tokenize(dataset.names))
+    path = Path(args.out, "pictures.png")
+    sheet = example_sheet(net, MomentumEncoder(original, 1.0), text, momentum, dataset, args.sliding, args.images or 6)
+    sheet.save(path)
+    print(f"written to {path}")
+
+
+def shift(args, device):
+    dataset = Part(data.open_dataset(args.dataset, args.data_root, args.split, args.classes), args.images)
+    rows = []
+    for i, path in enumerate(args.checkpoints):
+        checkpoint, net, original = read(path, device)
+        for name, model in [("original CLIP", original)] * (i == 0) + [(path, net)]:
+            confusion = evaluate.evaluate(model, dataset, device, args.sliding, zero_shot=model is original, desc=f"mIoU of {name}")
+            scores = evaluate.summary(confusion, dataset.evaluated, checkpoint["names"])
+            row = {"checkpoint": name, "step": checkpoint["step"] if model is net else 0,
+                   **{key: scores.get(key) for key in SCORES},
+                   **shift_statistics(model, original, dataset, f"patches of {name}")}
+            rows.append(row)
+    trained = rows[1:]
+    show = lambda key, v: "-" if v is None else f"{v:.1f}" if key in SCORES else f"{v:.3f}"
+    print(evaluate.table([["", *(row["checkpoint"] for row in rows)]] +
+                         [[key, *(show(key, row[key]) for row in rows)] for key in rows[0] if key not in ("checkpoint", "step")]))
+    target = "unseen" if trained[0]["unseen"] is not None else "mIoU_ground_truth"
+    shifts = ("shift_reference", "shift_noisy", "shift_text")
+    found = {s: pearson([r[s] for r in trained], [r[target] for r in trained]) for s in shifts}
+    print(f"\nPearson correlation with {target} over {len(trained)} checkpoints: " + ", ".join(
+        f"{s} {'not defined' if v is None else f'{v:+.2f}'}" for s, v in found.items()))
+    out = Path(args.out)
+    (out / "shift.json").write_text(json.dumps(dict(dataset=args.dataset, split=args.split, images=len(dataset), rows=rows,
+                                                    correlation=dict(with_=target, checkpoints=len(trained), **found)), indent=1))
+    viz.save_plot(out / "shift.png", [
+        (f"r = {found[s]:+.2f}, n = {len(trained)}" if found[s] is not None else f"n = {len(trained)}", s, target,
+         [("", [r[s] for r in trained], [r[target] for r in trained], "o")]) for s in shifts])
+    print(f"written to {out}: shift.json, shift.png")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = p.add_subparsers(dest="verb", required=True)
+    for verb, run in (("pictures", pictures), ("shift", shift)):
+        v = verbs.add_parser(verb, help={"pictures": "draw what the encoders see", "shift": "measure what fine-tuning moved"}[verb])
+        v.set_defaults(run=run)
+        if verb == "pictures":
+            v.add_argument("--checkpoint", required=True, help="of train.py")
+        else:
+            v.add_argument("--checkpoints", required=True, nargs="+", help="of train.py, whole or snapshots")
+        v.add_argument("--dataset", default="toy", help=", ".join(data.NAMES))
+        v.add_argument("--data-root", help="the folder that holds the datasets")
+        v.add_argument("--split", default="val")
+        v.add_argument("--classes", help="other names for the dataset's classes: a file, or comma-separated")
+        v.add_argument("--images", type=int, default=0, help="how many, evenly spread (default 6 to draw, all to measure)")
+        v.add_argument("--views", choices=("sliding", "whole"), help="for the head's labels (default: one view for toy)")
+        v.add_argument("--out", default="out/study", help="folder for the results (default out/study)")
+    args = p.parse_args()
+    args.sliding = args.views != "whole" if args.views else not args.dataset.startswith("toy")
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        args.run(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -59,6 +59,7 @@ RECIPE = {
     "log-every": (50, 10, "steps between lines in log.jsonl"),
     "eval-every": (10_000, 200, "steps between evaluations, 0 = only at the end"),
     "save-every": (1000, 100, "steps between checkpoints"),
+    "snapshot-every": (0, 0, "steps between files of weights alone, step-N.pt, for study.py; 0 = none"),
 }
 FIXED = ("dataset", "classes", "clip", "pretrained", "init_cat_seg", "image_size", "channels", "adapt", "distill", "batch_size",
          "seed")  # what cannot change on resume
@@ -214,6 +215,8 @@ def train(args, rank, world, device):
     model = build_model(args, rank, device)
     tokens, val_tokens = model.tokenize(train_set.names), model.tokenize(val_set.names)
     original = MomentumEncoder(model, alpha=1.0)                                           # the original CLIP, to compare with
+    original_weights = {name: p.detach().clone() for name, p in model.named_parameters()
+                     if p.requires_grad and not name.startswith("head.")}                  # what trains of CLIP
     with torch.no_grad():
         original_text, original_val_text = model.encode_text(tokens), model.encode_text(val_tokens)
 
@@ -275,12 +278,12 @@ def train(args, rank, world, device):
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def save(step):
+        weights = dict(config=model.config, model=model.state_dict(), original=original_weights, step=step, args=vars(args),
+                       momentum=momentum.state_dict() if momentum else None, names=train_set.names)
+        if rank == 0 and every(args.snapshot_every, step):
+            write(weights, out / f"step-{step:06d}.pt", last)
         if rank == 0:
-            contents = dict(config=model.config, model=model.state_dict(), optimiser=optimiser.state_dict(),
-                            momentum=momentum.state_dict() if momentum else None, scaler=scaler.state_dict(),
-                            step=step, args=vars(args), facts=facts, names=train_set.names)
-            torch.save(contents, last.with_suffix(".tmp"))
-            last.with_suffix(".tmp").replace(last)
+            write(dict(weights, optimiser=optimiser.state_dict(), scaler=scaler.state_dict(), facts=facts), last, last)
 
     if rank == 0:
         keep = [l for l in read_log(log) if resumed and l["step"] <= first]
@@ -336,7 +339,7 @@ def train(args, rank, world, device):
             bar.close()
             say(f"stopped after step {step} as asked; the same command goes on from {last}")
             return 130
-        if every(args.save_every, step) or step == args.steps:
+        if every(args.save_every, step) or every(args.snapshot_every, step) or step == args.steps:
             save(step)
         if every(args.eval_every, step) and step < args.steps:
             record(step=step, **score()[0], **measure(model, momentum))
@@ -372,9 +375,23 @@ def peak_memory(device):
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6), 2)
 
 
+def write(contents, path, last):
+    """Write a checkpoint whole or not at all: under another name, down to the disk, then renamed."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as e:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} can't be written ({e}); {last} is as it was") from e
+
+
 def every(n, step):
-    """Whether step is a multiple of n; never when n is 0."""
-    return n > 0 and step % n == 0
+    """Whether step is a multiple of n and not 0; never when n is 0."""
+    return n > 0 and step > 0 and step % n == 0
 
 
 def read_log(path):

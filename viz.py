@@ -1,5 +1,6 @@
 """Every picture the project draws. Nothing here computes a result."""
 import colorsys
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -12,15 +13,31 @@ from losses import IGNORE
 VOID = (0, 0, 0)
 
 
-def colour(name):
-    """The colour of a class, a function of its name alone: the same in every picture of every run."""
-    h, s, v = hashlib.sha256(name.encode()).digest()[:3]
-    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(h / 256, 0.55 + 0.45 * s / 255, 0.6 + 0.4 * v / 255))
+@functools.lru_cache(8)
+def colours(names):
+    """{name: (r, g, b)} for a vocabulary, a tuple of names.
+
+    Ten colours follow from a name's hash, in an order of preference; it gets the first that no name before it in the
+    alphabet came near to. So a name looks the same in every picture of a vocabulary, and mostly in all of them.
+    """
+    chosen = {}
+    for name in sorted(names):
+        digest = hashlib.sha256(name.encode()).digest()
+        candidates = 255 * np.array([colorsys.hsv_to_rgb(h / 256, 0.4 + 0.6 * s / 255, 0.5 + 0.5 * v / 255)
+                                     for h, s, v in zip(digest[::3], digest[1::3], digest[2::3])])       # [10,3]
+        taken = np.array([VOID, *chosen.values()], float)                                                # [n,3]
+        red = (candidates[:, None, 0] + taken[:, 0]) / 512                                               # "redmean" distance
+        weights = np.stack([2 + red, np.full_like(red, 4), 3 - red], -1)
+        apart = ((weights * (candidates[:, None] - taken) ** 2).sum(-1) ** 0.5).min(1)                   # [10]
+        best = candidates[np.argmax(apart > 140) if (apart > 140).any() else apart.argmax()]
+        chosen[name] = tuple(int(c) for c in best.round())
+    return chosen
 
 
 def paint(labels, names):
     """Labels [H,W] -> PIL image in the colours of the names; IGNORE is black."""
-    palette = np.array([colour(n) for n in names] + [VOID], np.uint8)                      # IGNORE = -1 finds the last
+    found = colours(tuple(names))
+    palette = np.array([found[n] for n in names] + [VOID], np.uint8)                       # IGNORE = -1 finds the last
     return Image.fromarray(palette[np.asarray(labels)])
 
 
@@ -36,62 +53,114 @@ def highlight(image, mask):
     return Image.composite(image.convert("RGB"), dim, keep)
 
 
-def grid(titles, rows, cell=192, legend=()):
-    """A sheet of pictures: a row of titles, then rows of PIL images, then names with their colours. Returns a PIL image."""
-    gap, font = 8, ImageFont.load_default(15)
-    columns, lines, x, y = len(titles), [], gap, 0
-    for name in legend:                                                                    # flow the legend into lines
-        width = 30 + int(font.getlength(name))
-        if x + width > columns * (cell + gap):
-            x, y = gap, y + 22
-        lines.append((x, y, name))
-        x += width + 10
+def present(names, *label_maps, shares=False):
+    """[(name, colour)] of the classes in label maps, largest area first, for a legend; with shares, of all labelled pixels."""
+    counts = sum(np.bincount(labels[labels != IGNORE].ravel(), minlength=len(names)) for labels in map(np.asarray, label_maps))
+    found = colours(tuple(names))
+    text = lambda i: " ".join(names[i].split()) + f" {100 * counts[i] / counts.sum():.1f} %" * shares
+    return [(text(i), found[names[i]]) for i in np.argsort(-counts, kind="stable") if counts[i]]
+
+
+def font(size):
+    """DejaVu Sans, which matplotlib brings: PIL's own font knows few letters that are not English."""
+    import matplotlib
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def legend(entries, width, size=15):
+    """A strip of this width with a box and a text per (text, colour), in as many lines as it takes. Returns a PIL image."""
+    letters, gap, places, x, y = font(size), size // 2, [], size // 2, size // 2
+    for text, colour in entries:
+        while letters.getlength(text) > width - 2 * size - 2 * gap and len(text) > 2:
+            text = text[:-2] + "…"
+        step = int(2 * size + letters.getlength(text) + gap)
+        if x + step > width and x > gap:
+            x, y = gap, y + round(1.5 * size)
+        places.append((x, y, text, colour))
+        x += step
+    strip = Image.new("RGB", (width, y + round(1.5 * size)), "white")
+    pen = ImageDraw.Draw(strip)
+    for x, y, text, colour in places:
+        pen.rectangle((x, y, x + size, y + size), colour, "black")
+        pen.text((x + round(1.4 * size), y + size // 2), text, "black", letters, anchor="lm")
+    return strip
+
+
+def stack(*images):
+    """Pictures of one width below each other."""
+    sheet, y = Image.new("RGB", (images[0].width, sum(im.height for im in images)), "white"), 0
+    for im in images:
+        sheet.paste(im, (0, y))
+        y += im.height
+    return sheet
+
+
+def segmentation(image, labels, names):
+    """The picture with its labels over it, their outlines, and a legend with each name's share. Returns a PIL image at
+    least 480 pixels wide: small pictures are enlarged, others keep their size."""
+    scale = max(1, -(-480 // image.width))
+    image = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
+    large = np.asarray(labels).repeat(scale, 0).repeat(scale, 1)
+    drawn, t = np.array(overlay(image, large, names)), 1 + image.width // 1000
+    drawn[:-t][large[t:] != large[:-t]] = 255
+    drawn[:, :-t][large[:, t:] != large[:, :-t]] = 255
+    return stack(Image.fromarray(drawn), legend(present(names, labels, shares=True), image.width, max(15, image.width // 60)))
+
+
+def grid(titles, rows, cell=192, entries=()):
+    """A sheet of pictures: a row of titles, then rows of PIL images, then a legend. Returns a PIL image."""
+    gap, letters = 8, font(14)
     heights = [max(round(im.height * cell / im.width) for im in row) for row in rows]
-    title_height = 20 * max(t.count("\n") + 1 for t in titles) + gap
-    sheet = Image.new("RGB", (columns * (cell + gap) + gap, title_height + sum(h + gap for h in heights) + (y + 30) * bool(legend)), "white")
-    pen, top = ImageDraw.Draw(sheet), title_height
+    top = 18 * max(t.count("\n") + 1 for t in titles) + gap
+    sheet = Image.new("RGB", (len(titles) * (cell + gap) + gap, top + sum(h + gap for h in heights)), "white")
+    pen = ImageDraw.Draw(sheet)
     for i, title in enumerate(titles):
-        pen.multiline_text((gap + i * (cell + gap), gap // 2), title, "black", font)
+        pen.multiline_text((gap + i * (cell + gap), gap // 2), title, "black", letters)
     for row, height in zip(rows, heights):
         for i, im in enumerate(row):
             smooth = Image.Resampling.NEAREST if im.width < cell else Image.Resampling.BILINEAR
             sheet.paste(im.resize((cell, round(im.height * cell / im.width)), smooth), (gap + i * (cell + gap), top))
         top += height + gap
-    for x, y, name in lines:
-        pen.rectangle((x, top + y, x + 16, top + y + 16), colour(name), "black")
-        pen.text((x + 22, top + y), name, "black", font)
-    return sheet
+    return stack(sheet, legend(entries, sheet.width)) if entries else sheet
 
 
 def samples(dataset, indices):
-    """A sheet of pictures from a dataset, their labels over them, and the labels alone. Returns a PIL image."""
-    items = [dataset.load(i) for i in indices]
-    rows = [[image, overlay(image, labels, dataset.evaluated), paint(labels, dataset.evaluated)] for image, labels, _ in items]
-    legend = present(dataset.evaluated, *(labels for _, labels, _ in items))
-    return grid(["picture", "labels over it", "labels"], rows, 288, legend)
+    """A sheet of pictures from a dataset, with their labels over them and alone. Returns a PIL image."""
+    items, names = [dataset.load(i) for i in indices], dataset.evaluated
+    rows = [[image, overlay(image, labels, names), paint(labels, names)] for image, labels, _ in items]
+    return grid(["picture", "labels over it", "labels"], rows, 288, present(names, *(labels for _, labels, _ in items)))
 
 
-def present(names, *label_maps):
-    """The names that occur in label maps, for a legend."""
-    found = sorted({int(v) for labels in label_maps for v in np.unique(labels)} - {IGNORE})
-    return [names[i] for i in found]
+def comparison(image, labels, prediction, names):
+    """A picture, its ground truth and its prediction beside each other. Returns a PIL image."""
+    row = [image, overlay(image, labels, names), overlay(image, prediction, names)]
+    return grid(["picture", "ground truth", "prediction"], [row], 480, present(names, labels, prediction))
+
+
+def save_plot(path, panels):
+    """Line and scatter plots beside each other, written to path. panels: (title, x label, y label, curves), a curve being
+    (label, x, y, matplotlib format)."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(4.4 * len(panels), 3.6), layout="constrained")
+    for ax, (title, xlabel, ylabel, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for label, x, y, style in curves:
+            ax.plot(x, y, style, label=label, lw=1.2, ms=4)
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        ax.grid(alpha=0.3)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8)
+        if title == "losses":
+            ax.set_yscale("log")
+    figure.savefig(path, dpi=110)
 
 
 def curves(log, path):
     """Draw a run's log.jsonl: losses, share of reference patches, and mIoU against steps."""
-    from matplotlib.figure import Figure
     lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
-    steps, evals = [l for l in lines if "total_loss" in l], [l for l in lines if "mIoU_ground_truth" in l]
-    axes = Figure(figsize=(13, 3.6), layout="constrained").subplots(1, 3)
-    for key in ("segmentation_loss", "spd_loss", "cpa_loss"):
-        axes[0].plot([l["step"] for l in steps], [l[key] for l in steps], label=key, lw=1.2)
-    axes[1].plot([l["step"] for l in steps], [100 * l["reference_share"] for l in steps], label="of labelled patches", lw=1.2)
-    for key in ("seen", "unseen", "harmonic") if evals and "seen" in evals[0] else ("mIoU_ground_truth",):
-        axes[2].plot([l["step"] for l in evals], [l[key] for l in evals], "o-", label=key, lw=1.2, ms=3)
-    for ax, title, unit in zip(axes, ("losses", "reference patches", "evaluation"), ("", "%", "mIoU, %")):
-        ax.set(title=title, xlabel="step", ylabel=unit)
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
-    axes[0].set_yscale("log")
-    axes[0].figure.savefig(path, dpi=110)
-
+    steps, scores = [l for l in lines if "total_loss" in l], [l for l in lines if "mIoU_ground_truth" in l]
+    line = lambda key, source, style="-", scale=1: (key, [l["step"] for l in source], [scale * l[key] for l in source], style)
+    keys = ("seen", "unseen", "harmonic") if scores and "seen" in scores[0] else ("mIoU_ground_truth",)
+    save_plot(path, [
+        ("losses", "step", "", [line(key, steps) for key in ("segmentation_loss", "spd_loss", "cpa_loss")]),
+        ("reference patches", "step", "% of labelled patches", [line("reference_share", steps, scale=100)]),
+        ("evaluation", "step", "mIoU, %", [line(key, scores, "o-") for key in keys])])

@@ -126,8 +126,108 @@ def test_two_processes_count_every_image_once(tiny, folder, tmp_path):
         done = run("evaluate.py", "--checkpoint", tmp_path / "c.pt", "--datasets", f"folder:{folder}", "--out", tmp_path / str(processes), processes=processes)
         file, = (tmp_path / str(processes)).iterdir()
         results.append(json.loads(file.read_text()))
-        assert done.stdout.count("mIoU_ground_truth") == 1
+        assert done.stdout.count("mIoU over classes with ground truth") == 1
     assert results[0] == results[1] and results[0]["images"] == 3 and "unseen" in results[0]
+
+
+def save(model, path, **more):
+    torch.save(dict(config=model.config, model=model.state_dict(), **more), path)
+    return path
+
+
+def command(monkeypatch, *arguments):
+    """Run evaluate.py's main in this process; returns what it exits with."""
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
+    try:
+        return evaluate.main()
+    except SystemExit as e:
+        return e.code
+
+
+def test_labels_and_pictures_of_a_dataset(tiny, folder, tmp_path, monkeypatch, capsys):
+    path = save(tiny, tmp_path / "c.pt")
+    assert not command(monkeypatch, "--checkpoint", path, "--datasets", f"folder:{folder}", "--out", tmp_path / "o",
+                       "--save-labels", "--save-pictures", 2, "--views", "whole")
+    out, = (p for p in (tmp_path / "o").iterdir() if p.is_dir())
+    dataset = data.open_dataset(f"folder:{folder}", None, "val")
+    for i in range(3):
+        expected = evaluate.segment(tiny, dataset.load(i)[0], dataset.names, sliding=False)
+        assert np.array_equal(np.asarray(Image.open(out / "labels" / f"{i}.png")), expected.numpy())
+    assert len(list((out / "pictures").iterdir())) == 2
+    classes = [line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines() if " thing " in line]
+    assert len(classes) == 3 and classes == sorted(classes, key=float, reverse=True)
+
+
+def test_labels_beyond_255_take_16_bits(tiny, folder, tmp_path, monkeypatch):
+    (folder / "classes.txt").write_text("\n".join(f"thing {i}" for i in range(300)))
+    for split in ("train", "val"):
+        for mask in (folder / "masks" / split).iterdir():
+            Image.fromarray(np.asarray(Image.open(mask)).astype(np.uint16)).save(mask)
+    monkeypatch.setattr(evaluate, "label_map", lambda *a, **k: torch.full((60, 80), 299))
+    assert not command(monkeypatch, "--checkpoint", save(tiny, tmp_path / "c.pt"), "--datasets", f"folder:{folder}",
+                       "--out", tmp_path / "o", "--save-labels")
+    labels, = (np.asarray(Image.open(p)) for p in (tmp_path / "o").glob("*/labels/0.png"))
+    assert (labels == 299).all()
+
+
+def test_an_interrupted_evaluation_says_what_it_had(tiny, folder, tmp_path, monkeypatch, capsys):
+    calls, whole = [], evaluate.label_map
+
+    def third(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "label_map", third)
+    status = command(monkeypatch, "--checkpoint", save(tiny, tmp_path / "c.pt"), "--datasets", f"folder:{folder}", "--out", tmp_path / "o")
+    assert status == 130 and "had after 2 of 3 images" in capsys.readouterr().out
+    file, = (tmp_path / "o").iterdir()
+    assert file.name.endswith(".partial.json") and json.loads(file.read_text())["images"] == 2
+
+
+def test_background_stands_for_all_names_from_the_last_label_on(tiny):
+    """voc-20b: 59 names, 21 classes; a prediction of any of the last 39 counts as background."""
+    class Pictures:
+        names, evaluated = list("abcde"), ["a", "b", "background"]
+        __len__ = lambda self: 1
+        load = lambda self, i: (photo(64, 64), np.array([[0, 1, 2, 2]]).repeat(2, 0), "x")
+
+    prediction = torch.tensor([[0, 4, 3, 1]]).repeat(2, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "label_map", lambda *a, **k: prediction)
+        confusion = evaluate.evaluate(tiny, Pictures(), torch.device("cpu"))
+    assert confusion.tolist() == [[2, 0, 0], [0, 0, 2], [0, 2, 2]]
+
+
+def test_pictures_of_ones_own(tiny, tmp_path, monkeypatch, capsys):
+    """Any mode and size; a folder and a pattern; the broken one is named and the others are done all the same."""
+    exif, pictures = Image.Exif(), tmp_path / "my pictures"
+    pictures.mkdir()
+    exif[0x0112] = 6
+    photo(100, 80).save(pictures / "small.jpg")
+    photo(100, 80).save(pictures / "small.png")
+    photo(130, 90).save(pictures / "turned.jpg", exif=exif)
+    photo(100, 80).convert("RGBA").save(pictures / "see-through.png")
+    photo(100, 80).convert("L").save(pictures / "gray.png")
+    Image.fromarray(np.full((80, 100), 40000, np.uint16)).save(pictures / "sixteen.png")
+    (pictures / "broken.jpg").write_bytes(b"no picture")
+    options = ("--checkpoint", save(tiny, tmp_path / "c.pt"), "--classes", "cat, sofa, wooden floor")
+    wrong = command(monkeypatch, *options, "--image", pictures)
+    assert wrong.startswith("error: ") and "broken.jpg can't be read as an image" in wrong and "\n" not in wrong
+    names = {"small.jpg", "small.png", "turned", "see-through", "gray", "sixteen"}
+    assert {p.name for p in pictures.glob("*.seg.png")} == {f"{n}.seg.png" for n in names}
+    assert Image.open(pictures / "turned.seg.png").height > 130 * 6 and "cat" in capsys.readouterr().out
+    assert not command(monkeypatch, *options, "--image", f"{pictures}/s*.jpg", pictures / "gray.png", "--out", tmp_path / "o")
+    assert {p.name for p in (tmp_path / "o").iterdir()} == {"small.seg.png", "gray.seg.png"}
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("--image", "nowhere.jpg", "--classes", "a"), "--image nowhere.jpg: there is no such picture"),
+    (("--image", "LICENSE"), "--image needs --classes"), (("--image", "LICENSE", "--classes", "a, a"), "names 'a' twice"),
+    (("--datasets", "toy", "--classes", "a, b"), "--classes has 2 names, and toy needs 52")])
+def test_bad_arguments_are_one_sentence(tiny, tmp_path, monkeypatch, arguments, words):
+    assert words in command(monkeypatch, "--checkpoint", save(tiny, tmp_path / "c.pt"), *arguments)
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -55,4 +55,4 @@ def test_the_main_job_from_start_to_end(tmp_path, monkeypatch, capsys):
     assert "| seen | unseen | harmonic |" in out and "CLIP, zero-shot" in out and "drift from the original CLIP" in out
     assert {p.name for p in tmp_path.iterdir()} == {"last.pt", "log.jsonl", "results.json", "curves.png", "examples.png"}
     with Image.open(tmp_path / "examples.png") as picture:
-        assert picture.width == 5 * 200 + 8 and picture.height > 6 * 200
+        assert picture.width == 6 * 200 + 8 and picture.height > 6 * 200

@@ -94,6 +94,8 @@ def read_names(classes):
     where, names = "--classes", classes
     if isinstance(classes, Path) or isinstance(classes, str) and (os.path.isfile(classes) or classes.endswith(".txt")):
         with reading(classes, "class names, one a line"):
+            if os.path.getsize(classes) > 1e7:
+                raise ValueError("it has more than 10 MB")
             lines = Path(classes).read_text(encoding="utf-8-sig").rstrip().splitlines()
         where, names = classes, [line.split("\t")[-1].strip() for line in lines]
     elif isinstance(classes, str):

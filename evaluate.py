@@ -11,9 +11,7 @@ import argparse
 import glob
 import json
 import os
-import signal
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -25,19 +23,9 @@ from tqdm import tqdm
 
 import data
 import model as segmenter
+import runs
 import viz
 from losses import IGNORE
-
-
-def start_processes(minutes=30):
-    """Join torchrun's process group, if there is one. Returns (rank, number of processes, device)."""
-    rank, world, local = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
-    return rank, world, device
 
 
 def resize(x, size):
@@ -291,20 +279,17 @@ def main():
     p.add_argument("--zero-shot", action="store_true", help="CLIP itself, without the head")
     p.add_argument("--save-labels", action="store_true", help="write the predicted labels as png, 16-bit from 257 classes on")
     p.add_argument("--save-pictures", type=int, default=0, metavar="N", help="draw N images: ground truth, prediction")
+    p.add_argument("--timeout", type=float, default=30, help="minutes that a process waits for the others (default 30)")
     p.add_argument("--out", help="folder to write to (default out/eval; with --image, beside the picture)")
     args = p.parse_args()
-    rank, world, device = start_processes()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with runs.one_sentence_for_errors():
+        rank, world, device = runs.start_processes(args.timeout)
+        runs.Interruption(at_once=True)
         checkpoint = segmenter.read_checkpoint(args.checkpoint)
         net = segmenter.from_checkpoint(checkpoint, args.checkpoint).to(device).eval()
         if args.image:
             sys.exit("\n".join(label_images(net, checkpoint, args, rank, world)) or 0)
         evaluate_datasets(net, checkpoint, args, rank, world, device)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -455,6 +455,10 @@ def read_checkpoint(path):
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint file")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:                                             # torch writes uncompressed ones
+            if sum(entry.file_size for entry in archive.infolist()) > 2 * Path(path).stat().st_size:
+                raise ValueError(f"{path} unpacks to more than twice its size: it is no checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # random bytes, an archive cut short, code where tensors belong

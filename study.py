@@ -10,7 +10,6 @@ shift.json and shift.png.
 import argparse
 import copy
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import model as segmenter
+import runs
 import viz
 from ema import MomentumEncoder
 from losses import IGNORE, patch_labels, reference_mask
@@ -227,8 +227,8 @@ def shift(args, device):
     (out / "shift.json").write_text(json.dumps(dict(dataset=args.dataset, split=args.split, images=len(dataset), rows=rows,
                                                     correlation=dict(with_=target, checkpoints=len(trained), **found)), indent=1))
     viz.save_plot(out / "shift.png", [
-        (f"r = {found[s]:+.2f}, n = {len(trained)}" if found[s] is not None else f"n = {len(trained)}", s, target,
-         [("", [r[s] for r in trained], [r[target] for r in trained], "o")]) for s in shifts])
+        (f"n = {len(trained)}" + ("" if found[s] is None else f", r = {found[s]:+.2f}"), f"{s.replace('_', ' of ')}, 1 - cos",
+         f"{target}, %", [("", [r[s] for r in trained], [r[target] for r in trained], "o")]) for s in shifts])
     print(f"written to {out}: shift.json, shift.png")
 
 
@@ -251,11 +251,9 @@ def main():
         v.add_argument("--out", default="out/study", help="folder for the results (default out/study)")
     args = p.parse_args()
     args.sliding = args.views != "whole" if args.views else not args.dataset.startswith("toy")
-    try:
+    with runs.one_sentence_for_errors():
         Path(args.out).mkdir(parents=True, exist_ok=True)
         args.run(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ import contextlib
 import json
 import math
 import os
-import resource
-import signal
 import sys
 import time
 from pathlib import Path
@@ -29,6 +27,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import model as segmenter
+import runs
 import study
 import toy
 import tpa
@@ -90,6 +89,7 @@ def parse():
     p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default bf16 where the GPU has it, else fp32")
     p.add_argument("--workers", type=int, default=None, help="loader processes (default: 4 with a GPU, else 0)")
     p.add_argument("--seed", type=int, default=0, help="of the head's first weights, of images' order and augmentation")
+    p.add_argument("--timeout", type=float, default=30, help="minutes that a process waits for the others (default 30)")
     p.add_argument("--restart", action="store_true", help="ignore a checkpoint in --out and train anew")
     args = p.parse_args()
     args.clip = args.clip or ("tiny" if args.dataset.startswith("toy") else "ViT-B-16-quickgelu")
@@ -178,12 +178,12 @@ def step_losses(model, momentum, images, target, tokens, args, stop=False):
     q = contrast_mask(valid, labels, correct)
     counted = (target != IGNORE).sum() if args.ignored == "skip" else torch.tensor(target.numel(), device=target.device)
     asked = torch.tensor(int(stop), device=target.device)
-    counts = torch.stack([counted, mask.any(-1).sum(), q.any(-1).sum(), asked]).double()
+    counts = torch.stack([counted, mask.any(-1).sum(), q.any(-1).sum(), asked]).double().cpu()
     total, world = counts.clone(), 1
     if dist.is_initialized():
         world = dist.get_world_size()
-        dist.all_reduce(total)
-    w_seg, w_spd, w_cpa = (world * counts[:3] / total[:3].clamp(min=1)).float()
+        dist.all_reduce(total, group=runs.control)
+    w_seg, w_spd, w_cpa = (world * counts[:3] / total[:3].clamp(min=1)).tolist()
     seg, spd, cpa = w_seg * seg, w_spd * spd, w_cpa * cpa
     pooled = pooled_loss(patches, momentum_patches, net.grid)                              # MAFT+'s, to compare with
     loss = {"rpmd": total_loss(seg, spd, cpa, args.lambda_spd, args.lambda_cpa),           # Eq. (6)
@@ -199,7 +199,7 @@ def train(args, rank, world, device):
                          f"--accumulate {args.accumulate}")
     say = tqdm.write if rank == 0 else lambda *_: None
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    runs.check_folder(out, 0)
 
     # data and model
     train_set, val_set = (data.open_dataset(args.dataset, args.data_root, split, args.classes)
@@ -233,15 +233,16 @@ def train(args, rank, world, device):
     def score(zero_shot=False):
         title = "zero-shot" if zero_shot else "evaluating"
         confusion = evaluate.evaluate(model, val_set, device, sliding, zero_shot, rank, world, title)
-        result = evaluate.summary(confusion, val_set.names, train_set.names)
+        result = evaluate.summary(confusion, val_set.evaluated, train_set.names)
         return {k: v for k, v in result.items() if k != "classes"}, result["classes"]
 
     # resume, or zero-shot figures and TPA
     last, log = out / "last.pt", out / "log.jsonl"
     state = None if args.restart or not last.exists() else segmenter.read_checkpoint(last)
+    lines = runs.read_log(log) if state else []
     tpa_loss = None
     if state:
-        check_flags(args, state, last, say)
+        runs.check_flags(args, state, FIXED, train_set.names, last, say)
         segmenter.load_state(model, state["model"], last)
         facts, first = state["facts"], state["step"]
         say(f"going on from {last} at step {first}" if first < args.steps else
@@ -255,13 +256,13 @@ def train(args, rank, world, device):
             facts["after_tpa"] = measure(model)
             say("TPA: share of reference patches {reference_share:.3f}".format(**facts["before_tpa"]) +
                 " -> {reference_share:.3f}".format(**facts["after_tpa"]))
+    runs.check_agreement(first, f"--out {out} should be one folder for all nodes: the step of {last}")
 
     # momentum encoder, optimiser, DDP
     alpha = {"rpmd": args.alpha, "frozen": 1.0, "pooled": 1.0, "none": None}[args.distill]
     momentum = None if alpha is None else MomentumEncoder(model, alpha)
     optimiser = build_optimiser(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    resumed = state is not None
     if state:
         settings = [{k: group[k] for k in ("base_lr", "weight_decay")} for group in optimiser.param_groups]
         optimiser.load_state_dict(state["optimiser"])
@@ -276,26 +277,38 @@ def train(args, rank, world, device):
     devices = [device] if device.type == "cuda" else None
     ddp = nn.parallel.DistributedDataParallel(model, devices) if world > 1 else model
     trained = [p for p in model.parameters() if p.requires_grad]
+    # two whole checkpoints: weights, and of what trains a momentum, an original and two averages of AdamW's
+    runs.check_folder(out, 2 * (sum(t.nbytes for t in model.state_dict().values()) + 4 * sum(p.nbytes for p in trained)))
 
     def save(step):
         weights = dict(config=model.config, model=model.state_dict(), original=original_weights, step=step, args=vars(args),
                        momentum=momentum.state_dict() if momentum else None, names=train_set.names)
         if rank == 0 and every(args.snapshot_every, step):
-            write(weights, out / f"step-{step:06d}.pt", last)
+            runs.write_checkpoint(weights, out / f"step-{step:06d}.pt")
         if rank == 0:
-            write(dict(weights, optimiser=optimiser.state_dict(), scaler=scaler.state_dict(), facts=facts), last, last)
+            whole = dict(weights, optimiser=optimiser.state_dict(), scaler=scaler.state_dict(), facts=facts)
+            runs.write_checkpoint(whole, last)
 
-    if rank == 0:
-        keep = [l for l in read_log(log) if resumed and l["step"] <= first]
-        keep = [l for l in keep if not (l["step"] == args.steps and "mIoU_union" in l)]    # that one is about to come again
-        log.write_text("".join(json.dumps(l) + "\n" for l in keep))
-    record = lambda **line: rank == 0 and log.open("a").write(json.dumps(line) + "\n")
     save(first)
+    # the log so far, without the last evaluation, which is about to come again
+    keep = [l for l in lines if l["step"] <= first and not (l["step"] == args.steps and "mIoU_union" in l)]
+    record = runs.Log(log, keep).append if rank == 0 else lambda **line: None
     if tpa_loss is not None:
         record(step=0, tpa_loss=tpa_loss, before=facts["before_tpa"], after=facts["after_tpa"])
 
     # joint training
-    stop = Interruption()
+    stop = runs.Interruption()
+
+    def evaluate_at(step):
+        if every(args.eval_every, step) and step < args.steps:
+            stop.at_once = True                                                            # it may take minutes, and can be repeated
+            record(step=step, **score()[0], **measure(model, momentum))
+            stop.at_once = False
+            if rank == 0:
+                viz.curves(log, out / "curves.png")
+
+    if not any(line["step"] == first and "mIoU_union" in line for line in keep):           # it was cut short
+        evaluate_at(first)
     bar = tqdm(total=args.steps, initial=first, desc="training", disable=rank > 0)
     parts = iter(loader(crops, first * args.accumulate, args.steps * args.accumulate, per_process // args.accumulate))
     for step in range(first + 1, args.steps + 1):
@@ -331,7 +344,7 @@ def train(args, rank, world, device):
             rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
             record(step=step, segmentation_loss=seg, spd_loss=spd, cpa_loss=cpa, pooled_loss=pooled, total_loss=total,
                    reference_share=share, contrast_patches=int(figures[7]), lr=rates["head"], lr_clip=rates.get("clip", 0.0),
-                   grad_norm=float(grad_norm), seconds=round(time.time() - begin, 3), memory_gb=peak_memory(device))
+                   grad_norm=float(grad_norm), seconds=round(time.time() - begin, 3), memory_gb=runs.peak_memory(device))
             bar.set_postfix(seg=f"{seg:.3f}", spd=f"{spd:.3f}", cpa=f"{cpa:.3f}", ref=f"{share:.2f}")
         bar.update()
         if halt and step < args.steps:
@@ -339,14 +352,11 @@ def train(args, rank, world, device):
             bar.close()
             say(f"stopped after step {step} as asked; the same command goes on from {last}")
             return 130
-        if every(args.save_every, step) or every(args.snapshot_every, step) or step == args.steps:
+        if step == args.steps or any(every(n, step) for n in (args.save_every, args.snapshot_every, args.eval_every)):
             save(step)
-        if every(args.eval_every, step) and step < args.steps:
-            record(step=step, **score()[0], **measure(model, momentum))
-            if rank == 0:
-                viz.curves(log, out / "curves.png")
+        evaluate_at(step)
     bar.close()
-    stop.forget()
+    stop.at_once = True
 
     # the end: evaluate, print, draw
     scores, classes = score()
@@ -355,84 +365,28 @@ def train(args, rank, world, device):
     if rank == 0:
         results = dict(args=vars(args), **facts, trained=scores, end=end, classes=classes)
         (out / "results.json").write_text(json.dumps(results, indent=1))
-        columns = ["seen", "unseen", "harmonic"] if "seen" in scores else ["mIoU_ground_truth", "mIoU_union"]
-        say("\nmIoU in per cent on the validation images")
-        say(evaluate.table([["", *columns], ["CLIP, zero-shot", *(facts["zero_shot"][c] for c in columns)],
-                            [f"trained (--distill {args.distill})", *(scores[c] for c in columns)]]))
-        say("\n" + evaluate.table([["reference patches", "at the start", "after TPA", "at the end"]] + [
-            [text, *(f"{m[key]:.3f}" if m else "-" for m in (facts["before_tpa"], facts.get("after_tpa"), end))]
-            for text, key in (("share of the labelled patches", "reference_share"), ("drift from the original CLIP", "reference_drift"))]))
+        say(report(results))
         viz.curves(log, out / "curves.png")
         study.example_sheet(model, original, original_val_text, momentum, val_set, sliding).save(out / "examples.png")
         say(f"\nwritten to {out}: examples.png, curves.png, results.json, log.jsonl, last.pt")
     return 0
 
 
-def peak_memory(device):
-    """The most memory this process has held so far, in GB: of the GPU's, or resident."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6), 2)
-
-
-def write(contents, path, last):
-    """Write a checkpoint whole or not at all: under another name, down to the disk, then renamed."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as e:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} can't be written ({e}); {last} is as it was") from e
+def report(results):
+    """results.json as two tables."""
+    columns = ["seen", "unseen", "harmonic"] if "seen" in results["trained"] else ["mIoU_ground_truth", "mIoU_union"]
+    rows = {"CLIP, zero-shot": results["zero_shot"], f"trained (--distill {results['args']['distill']})": results["trained"]}
+    moments = [results["before_tpa"], results.get("after_tpa"), results["end"]]
+    quantities = {"share of the labelled patches": "reference_share", "drift from the original CLIP": "reference_drift"}
+    scores = evaluate.table([["", *columns]] + [[name, *(row[c] for c in columns)] for name, row in rows.items()])
+    patches = evaluate.table([["reference patches", "at the start", "after TPA", "at the end"]] + [
+        [name, *(f"{m[key]:.3f}" if m else "-" for m in moments)] for name, key in quantities.items()])
+    return f"\nmIoU in per cent on the validation images\n{scores}\n\n{patches}"
 
 
 def every(n, step):
     """Whether step is a multiple of n and not 0; never when n is 0."""
     return n > 0 and step > 0 and step % n == 0
-
-
-def read_log(path):
-    """The lines of a log.jsonl; one that a power cut left unfinished is dropped."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
-
-
-class Interruption:
-    """Ctrl-C and SIGTERM ask for a stop after the running step instead of ending the process; a second Ctrl-C ends it."""
-
-    def __init__(self):
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
-
-    def forget(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
-
-    def ask(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-def check_flags(args, state, path, say):
-    """Refuse to go on from a checkpoint under another model or data order; list the flags that changed otherwise."""
-    if "args" not in state:
-        raise ValueError(f"{path} is no checkpoint of train.py: use another --out")
-    before = state["args"]
-    changed = [(k, before.get(k), v) for k, v in vars(args).items() if before.get(k) != v and k not in ("out", "restart")]
-    for name, before, now in changed:
-        flag = "--" + name.replace("_", "-")
-        if name in FIXED:
-            raise ValueError(f"{flag} {now} does not go with {path}, which was trained with {flag} {before}: "
-                             f"use another --out, or --restart")
-        say(f"{flag} is now {now}, was {before}")
 
 
 def non_finite(step, figures, paths, last):
@@ -445,15 +399,9 @@ def non_finite(step, figures, paths, last):
 
 def main():
     args = parse()
-    rank, world, device = evaluate.start_processes()
-    try:
-        status = train(args, rank, world, device)
-    except (ValueError, OSError) as e:
-        lines = str(e).strip().splitlines() or [type(e).__name__]                          # a loader process puts its traceback before
-        sys.exit(f"error: {lines[-1].removeprefix('data.DataError: ')}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    if world > 1:
+    with runs.one_sentence_for_errors():
+        status = train(args, *runs.start_processes(args.timeout))
+    if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(status)
 

@@ -57,7 +57,7 @@ def present(names, *label_maps, shares=False):
     """[(name, colour)] of the classes in label maps, largest area first, for a legend; with shares, of all labelled pixels."""
     counts = sum(np.bincount(labels[labels != IGNORE].ravel(), minlength=len(names)) for labels in map(np.asarray, label_maps))
     found = colours(tuple(names))
-    text = lambda i: " ".join(names[i].split()) + f" {100 * counts[i] / counts.sum():.1f} %" * shares
+    text = lambda i: f"{100 * counts[i] / counts.sum():.1f} % " * shares + " ".join(names[i].split())
     return [(text(i), found[names[i]]) for i in np.argsort(-counts, kind="stable") if counts[i]]
 
 

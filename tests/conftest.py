@@ -25,7 +25,7 @@ def tiny():
 @pytest.fixture
 def folder(tmp_path):
     """A dataset of one's own: 3 classes, 6 training and 3 validation images of 80 x 60, one pixel of void in each."""
-    root, rng = tmp_path / "my data", np.random.default_rng(0)
+    root, rng = tmp_path / "my dätä", np.random.default_rng(0)
     for split, n in (("train", 6), ("val", 3)):
         for kind in ("images", "masks"):
             (root / kind / split).mkdir(parents=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import runs
 import train
 from conftest import ROOT, run
 
@@ -36,7 +37,7 @@ def tensors(checkpoint):
 
 
 def log(folder):
-    return train.read_log(folder / "log.jsonl")
+    return runs.read_log(folder / "log.jsonl")
 
 
 def test_a_run(go, tmp_path):
@@ -73,7 +74,7 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(go, tmp_p
     a, b = tensors(whole), tensors(again)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     (tmp_path / "cut" / "log.jsonl").open("a").write('{"step": 6, "tot')                   # a line that a power cut left
-    assert [l["step"] for l in train.read_log(tmp_path / "cut" / "log.jsonl")][-1] == 6
+    assert [l["step"] for l in runs.read_log(tmp_path / "cut" / "log.jsonl")][-1] == 6
     untimed = lambda folder: [{k: v for k, v in l.items() if k not in ("seconds", "memory_gb")} for l in log(folder)]
     assert untimed(tmp_path / "whole") == untimed(tmp_path / "cut")
 
@@ -171,7 +172,7 @@ def test_a_broken_image_stops_the_run_with_its_path(folder, tmp_path, workers):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--dataset", "coco-stuff", "--data-root", "/nowhere"], "/nowhere/coco-stuff/images/train2017 does not exist"),
+    (["--dataset", "coco-stuff", "--data-root", "/nowhere"], "nothing is in /nowhere/coco-stuff/annotations/train2017, /nowhere/coco/"),
     (["--batch-size", "3", "--accumulate", "2"], "--batch-size 3 does not divide"),
     (["--dataset", "toy", "--clip", "ViT-B-16", "--pretrained", "openai"], "use --clip ViT-B-16-quickgelu")])
 def test_bad_flags_are_one_sentence(tmp_path, flags, words):

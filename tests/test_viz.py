@@ -32,7 +32,7 @@ def test_a_name_keeps_its_colour():
 def test_present_names_areas_largest_first():
     labels = np.array([[2, 2, 2, 0], [2, 2, 0, IGNORE]])
     entries = viz.present(["a", "b", "c\nd"], labels, shares=True)
-    assert [text for text, _ in entries] == ["c d 71.4 %", "a 28.6 %"]
+    assert [text for text, _ in entries] == ["71.4 % c d", "28.6 % a"]
     assert entries[0][1] == viz.colours(("a", "b", "c\nd"))["c\nd"]
 
 

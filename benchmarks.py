@@ -146,7 +146,7 @@ EXPECTED = {  # images of a complete download
 def open_files(name, root, split):
     """A benchmark, from the first of its SOURCES that is there, or folder:PATH. Raises DataError."""
     if name.startswith("folder:"):
-        root = Path(name.removeprefix("folder:"))
+        root = Path(name.removeprefix("folder:")).expanduser()
         names = read_names(root / "classes.txt")
         ignored = [value for value in (255, 65535) if value >= len(names)]
         return Files(root, split, names, Source("images/{split}/*", "masks/{split}/*", range(len(names)), ignored))
@@ -310,7 +310,8 @@ def check(name, split, args):
     report = dict(dataset=name, split=split, source=dataset.source, images=len(dataset), read=len(indices), wrong=wrong,
                   percent_of_pixels=share)
     (out / "report.json").write_text(json.dumps(report, indent=1))
-    viz.samples(dataset, good[::max(1, len(good) // 4)][:4]).save(out / "samples.png")
+    if good:
+        viz.samples(dataset, good[::max(1, len(good) // 4)][:4]).save(out / "samples.png")
     print("\n".join([*wrong, f"{'not usable as it is' if wrong else 'usable'}; see {out}/report.json and samples.png"]))
     return not wrong
 

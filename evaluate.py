@@ -33,6 +33,11 @@ def resize(x, size):
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
+def is_sliding(views, dataset):
+    """Whether a dataset is evaluated in CAT-Seg's five views: as --views says, and by default unless it is a toy world."""
+    return views == "sliding" if views else not dataset.startswith("toy")
+
+
 def views(image, size, sliding):
     """A PIL image -> [V,3,size,size], normalised, and the side of the canvas on which the views lie.
 
@@ -153,16 +158,17 @@ def evaluate(model, dataset, device, sliding=True, zero_shot=False, rank=0, worl
         text = model.encode_text(model.tokenize(dataset.names))
     count = len(dataset.evaluated)                                                         # all names from the last on are one
     total = torch.zeros(count, count, dtype=torch.int64, device=device)
-    mine = range(rank, len(dataset), world)
-    for done, i in enumerate(tqdm(mine, desc, disable=rank > 0, leave=False)):
-        try:
+    done = 0
+    try:
+        for i in tqdm(range(rank, len(dataset), world), desc, disable=rank > 0, leave=False):
             image, labels, path = dataset.load(i)
             prediction = label_map(model, image, text, sliding=sliding, zero_shot=zero_shot).clamp(max=count - 1)
-            total += confusion_matrix(prediction, torch.from_numpy(labels).to(device), count)
             if keep:
                 keep(i, image, labels, prediction.cpu().numpy(), path)
-        except KeyboardInterrupt as e:
-            raise Interrupted(total, done) from e
+            total += confusion_matrix(prediction, torch.from_numpy(labels).to(device), count)
+            done += 1
+    except KeyboardInterrupt as e:
+        raise Interrupted(total, done) from e
     if world > 1:
         dist.all_reduce(total)
     return total
@@ -192,6 +198,11 @@ def table(rows):
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|"] + lines[1:])
 
 
+TITLES = {"mIoU_ground_truth": "mIoU over classes with ground truth (as CAT-Seg, SED)",
+          "mIoU_union": "mIoU also over classes only predicted (as MAFT+, SAN)", "pixel_accuracy": "pixel accuracy",
+          "seen": "mIoU of names that training showed", "unseen": "mIoU of the others", "harmonic": "harmonic mean of these"}
+
+
 def evaluate_datasets(net, checkpoint, args, rank, world, device):
     """--datasets: a table and a JSON file for each, and what --save-labels and --save-pictures ask for."""
     names = [n for name in args.datasets for n in (data.REPORTED if name == "all" else [name])]
@@ -205,14 +216,12 @@ def evaluate_datasets(net, checkpoint, args, rank, world, device):
 
         def keep(i, image, labels, prediction, path):
             if args.save_labels:
-                (out / "labels").mkdir(parents=True, exist_ok=True)
-                depth = np.uint8 if len(dataset.evaluated) <= 256 else np.uint16
-                Image.fromarray(prediction.astype(depth)).save(out / "labels" / f"{Path(path).stem}.png")
+                save_labels(prediction, len(dataset.evaluated), out / "labels" / f"{Path(path).stem}.png")
             if i in drawn[:args.save_pictures]:
                 (out / "pictures").mkdir(parents=True, exist_ok=True)
                 viz.comparison(image, labels, prediction, dataset.evaluated).save(out / "pictures" / f"{Path(path).stem}.png")
 
-        sliding = args.views != "whole" if args.views else not name.startswith("toy")
+        sliding = is_sliding(args.views, name)
         images, interruption = len(dataset), None
         try:
             confusion = evaluate(net, dataset, device, sliding, args.zero_shot, rank, world, name, keep)
@@ -230,41 +239,53 @@ def evaluate_datasets(net, checkpoint, args, rank, world, device):
             print(table([["per cent", name], *([TITLES[k], v] for k, v in result.items() if k in TITLES and v is not None)]))
             if interruption:
                 print(f"interrupted: this is what the first process had after {images} of {len(dataset)} images")
-            print(f"written to {path}" + f" and {out}" * out.is_dir())
+            print(f"written to {path}" + (f" and {out}" if out.is_dir() else ""))
         if interruption:
             raise interruption
 
 
-TITLES = {"mIoU_ground_truth": "mIoU over classes with ground truth (as CAT-Seg, SED)",
-          "mIoU_union": "mIoU also over classes only predicted (as MAFT+, SAN)", "pixel_accuracy": "pixel accuracy",
-          "seen": "mIoU of names that training showed", "unseen": "mIoU of the others", "harmonic": "harmonic mean of these"}
-
-
-def label_images(net, checkpoint, args, rank, world):
+def label_images(net, checkpoint, args):
     """--image: label pictures with the names in --classes and draw them. Returns what went wrong, a sentence for each."""
     if not args.classes:
         raise ValueError('--image needs --classes, as in --classes "cat, sofa, wooden floor"')
     names, paths, wrong = data.read_names(args.classes), [], []
     for pattern in args.image:
-        found = [pattern] if os.path.isfile(pattern) else glob.glob(f"{pattern}/*" if os.path.isdir(pattern) else pattern)
-        found = [Path(p) for p in sorted(found) if Path(p).suffix.lower() in data.IMAGE_TYPES and not p.endswith(".seg.png")]
+        found = glob.glob(f"{glob.escape(pattern)}/*" if os.path.isdir(pattern) else pattern)
+        found = [p for p in sorted(found) if Path(p).suffix.lower() in data.IMAGE_TYPES and not p.endswith((".seg.png", ".labels.png"))]
+        found = [pattern] if os.path.isfile(pattern) else found
         if not found:
             raise ValueError(f"--image {pattern}: there is no such picture")
-        paths += found
-    sliding = args.views != "whole" if args.views else not str(checkpoint.get("args", {}).get("dataset")).startswith("toy")
-    stems = [p.stem for p in paths]
-    for path in tqdm(paths[rank::world], "pictures", disable=rank > 0 or len(paths) == 1):
-        target = Path(args.out or path.parent, (path.stem if stems.count(path.stem) == 1 else path.name) + ".seg.png")
+        paths += map(Path, found)
+    targets = {}
+    for path in dict.fromkeys(paths):
+        twins = [p for p in paths if p.stem == path.stem and p.suffix != path.suffix]
+        target = Path(args.out or path.parent, (path.name if twins else path.stem) + ".seg.png")
+        if target in targets:
+            raise ValueError(f"--image: {path} and {targets[target]} would both be written to {target}")
+        targets[target] = path
+    sliding = is_sliding(args.views, str(checkpoint.get("args", {}).get("dataset")))
+    with torch.inference_mode():
+        text = net.encode_text(net.tokenize(names))
+    for target, path in tqdm(targets.items(), "pictures", disable=len(targets) == 1):
         try:
             image = data.read_image(path)
-            labels = segment(net, image, names, sliding=sliding, zero_shot=args.zero_shot).cpu().numpy()
-            target.parent.mkdir(parents=True, exist_ok=True)
-            viz.segmentation(image, labels, names).save(target)
-            shares = np.bincount(labels.ravel(), minlength=len(names)) / labels.size
-            tqdm.write(f"{target}: " + ", ".join(f"{names[i]} {100 * shares[i]:.1f} %" for i in np.argsort(-shares) if shares[i]))
         except data.DataError as e:
             wrong.append(f"error: {e}")
+            continue
+        labels = label_map(net, image, text, sliding=sliding, zero_shot=args.zero_shot).cpu().numpy()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        viz.segmentation(image, labels, names).save(target)
+        if args.save_labels:
+            save_labels(labels, len(names), target.with_name(target.name.replace(".seg.png", ".labels.png")))
+        shares = np.bincount(labels.ravel(), minlength=len(names)) / labels.size
+        tqdm.write(f"{target}: " + ", ".join(f"{100 * shares[i]:.1f} % {names[i]}" for i in np.argsort(-shares) if shares[i]))
     return wrong
+
+
+def save_labels(labels, count, path):
+    """Write labels [H,W] as a png, in 16 bits if there are more than 256 classes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(labels.astype(np.uint8 if count <= 256 else np.uint16)).save(path)
 
 
 def main():
@@ -287,9 +308,10 @@ def main():
         runs.Interruption(at_once=True)
         checkpoint = segmenter.read_checkpoint(args.checkpoint)
         net = segmenter.from_checkpoint(checkpoint, args.checkpoint).to(device).eval()
-        if args.image:
-            sys.exit("\n".join(label_images(net, checkpoint, args, rank, world)) or 0)
-        evaluate_datasets(net, checkpoint, args, rank, world, device)
+        if not args.image:
+            evaluate_datasets(net, checkpoint, args, rank, world, device)
+        elif rank == 0:
+            sys.exit("\n".join(label_images(net, checkpoint, args)) or 0)
 
 
 if __name__ == "__main__":

@@ -34,12 +34,19 @@ def start_processes(minutes):
 
 @contextlib.contextmanager
 def one_sentence_for_errors():
-    """What is wrong with the input, the disk or another process ends this process with a sentence, not a traceback."""
+    """What is wrong with the input, the disk or another process ends this process with a sentence instead of a traceback
+    (which RPMD_TRACEBACK=1 in the environment brings back)."""
     try:
         yield
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (ValueError, OSError) as e:
-        lines = str(e).strip().splitlines() or [type(e).__name__]                          # a loader process puts its traceback before
-        leave(f"error: {lines[-1].removeprefix('data.DataError: ')}")
+        if os.environ.get("RPMD_TRACEBACK"):
+            raise
+        text = str(e).strip() or type(e).__name__
+        if text.startswith("Caught "):                                                     # in a loader process: its traceback
+            text = text.splitlines()[-1].removeprefix("data.DataError: ")
+        leave(f"error: {text}")
     except RuntimeError as e:
         if control is None or not re.search("gloo|nccl", str(e), re.IGNORECASE):
             raise
@@ -97,18 +104,22 @@ def write_checkpoint(contents, path):
 
 
 class Log:
-    """A file of JSON lines that begins anew with these."""
+    """A file of JSON lines that begins anew with these. Raises OSError."""
 
     def __init__(self, path, lines):
-        self.path = path
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        self.path, temporary = path, path.with_suffix(".tmp")
+        self.write(temporary, "w", lines)
+        temporary.replace(path)                                                            # never without the old lines
 
     def append(self, **line):
+        self.write(self.path, "a", [line])
+
+    def write(self, path, mode, lines):
         try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            with path.open(mode) as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
         except OSError as e:
-            raise OSError(f"{self.path} can't be written ({e}); the last good checkpoint stays as it is") from e
+            raise OSError(f"{path} can't be written ({e}); the last good checkpoint stays as it is") from e
 
 
 def read_log(path):
@@ -139,14 +150,13 @@ def check_flags(args, state, fixed, names, path, say):
     if state["names"] != names:
         raise ValueError(f"{path} was trained with other classes ({len(state['names'])}, such as {state['names'][0]!r}) than "
                          f"--dataset {args.dataset} has now ({len(names)}): use another --out, or --restart")
-    before = state["args"]
-    changed = [(k, before.get(k), v) for k, v in vars(args).items() if before.get(k) != v]
-    for name, before, now in changed:
+    changed = [(name, state["args"].get(name), now) for name, now in vars(args).items() if state["args"].get(name) != now]
+    for name, before, now in sorted(changed, key=lambda c: c[0] not in fixed):
         flag = "--" + name.replace("_", "-")
         if name in fixed:
             raise ValueError(f"{flag} {now} does not go with {path}, which was trained with {flag} {before}: "
                              f"use another --out, or --restart")
-        if name not in ("out", "restart", "timeout"):
+        if name not in ("out", "restart", "timeout", "tpa_steps", "tpa_lr"):
             say(f"{flag} is now {now}, was {before}")
 
 
@@ -156,7 +166,16 @@ def check_agreement(value, what):
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=control)
         if len(set(values)) > 1:
-            raise ValueError(f"{what} differs between processes: {sorted(set(values))}")
+            raise ValueError(f"{what} differs between processes: {sorted(set(values), key=str)}")
+
+
+def anyone(asks):
+    """Whether any process asks. Once a step, it is also where a process that hangs is missed."""
+    if control is None:
+        return asks
+    answer = torch.tensor(int(asks))
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=control)
+    return bool(answer)
 
 
 def peak_memory(device):

@@ -26,62 +26,82 @@ import viz
 from ema import MomentumEncoder
 from losses import IGNORE, patch_labels, reference_mask
 
+SHIFTS = ("shift_reference", "shift_noisy", "shift_text")
 SCORES = ("seen", "unseen", "mIoU_ground_truth")                                           # in per cent
 PROMPTS = (segmenter.PROMPT, "a photo of a {}", "there is a {} here", "a close view of the {}", "{}")  # for texts' variance
 
 
 @torch.no_grad()
-def reference_statistics(model, original, original_text, tokens, batches, device, momentum=None):
-    """How the reference patches fare, over batches of (images, target, paths) and over all processes.
+def reference_share(model, tokens, batches, device, momentum=None):
+    """Share of the labelled patches that are reference patches, Eq. (1), of the momentum encoder (of the model without one).
 
-    Returns (share, drift). share: reference patches of the momentum encoder (of the model itself without one) among the
-    labelled patches, Eq. (1). drift: 1 - cos of the model's features to the original CLIP's, on the patches that are
-    reference patches of the original CLIP. original, momentum: MomentumEncoder objects. original_text: T of the original CLIP.
+    Over batches of (images, target, paths), and over all processes. momentum: a MomentumEncoder.
     """
-    sums, text = torch.zeros(4, dtype=torch.float64, device=device), model.encode_text(tokens)
+    sums, text = torch.zeros(2, dtype=torch.float64, device=device), model.encode_text(tokens)
     for images, target, _ in batches:
-        labels = patch_labels(target.to(device), model.grid)
-        patches, first = model.encode_image(images.to(device))[0], original.encode_image(images.to(device))
-        teacher = momentum.encode_image(images.to(device)) if momentum else patches
+        labels, images = patch_labels(target.to(device), model.grid), images.to(device)
+        teacher = momentum.encode_image(images) if momentum else model.encode_image(images)[0]
+        sums += torch.stack([reference_mask(teacher, text, labels).sum(), (labels != IGNORE).sum()])
+    return ratio_over_processes(sums)
+
+
+@torch.no_grad()
+def reference_drift(model, original, original_text, batches, device):
+    """1 - cos of the model's features to the original CLIP's, averaged over the original's reference patches.
+
+    Over batches of (images, target, paths), and over all processes. original: a MomentumEncoder; original_text: its T.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for images, target, _ in batches:
+        labels, images = patch_labels(target.to(device), model.grid), images.to(device)
+        patches, first = model.encode_image(images)[0], original.encode_image(images)
         anchors = reference_mask(first, original_text, labels)
-        sums += torch.stack([reference_mask(teacher, text, labels).sum(), (labels != IGNORE).sum(),
-                             (1 - F.cosine_similarity(patches, first, dim=-1))[anchors].double().sum(), anchors.sum()])
+        sums += torch.stack([(1 - F.cosine_similarity(patches, first, dim=-1))[anchors].double().sum(), anchors.sum()])
+    return ratio_over_processes(sums)
+
+
+def ratio_over_processes(sums):
     if dist.is_initialized():
         dist.all_reduce(sums)
-    share, drift = sums[0] / sums[1].clamp(min=1), sums[2] / sums[3].clamp(min=1)
-    return share.item(), drift.item()
+    return (sums[0] / sums[1].clamp(min=1)).item()
 
 
 def one_view(model, image, labels):
     """A picture squeezed to the model's size: (images [1,3,S,S], patch labels [1,L])."""
-    device, size = model.logit_scale.device, (model.image_size, model.image_size)
-    target = F.interpolate(torch.from_numpy(labels).float()[None, None], size, mode="nearest").long()[0]
-    return data.normalise(image.resize(size))[None].to(device), patch_labels(target, model.grid).to(device)
+    device, size = model.logit_scale.device, model.image_size
+    target = F.interpolate(torch.from_numpy(labels).float()[None, None], (size, size), mode="nearest").long()[0]
+    return evaluate.views(image, size, sliding=False)[0].to(device), patch_labels(target, model.grid).to(device)
+
+
+def nearest_class(patches, text, count):
+    """The class that each patch's feature names: patches [...,D], text [K,D] -> [...], names from `count` on being one class."""
+    return (F.normalize(patches, dim=-1) @ F.normalize(text, dim=-1).T).argmax(-1).clamp(max=count - 1)
 
 
 @torch.no_grad()
 def example_sheet(model, original, original_text, momentum, dataset, sliding, count=6):
     """A row per image, the paper's Figure 1 made of one's own data. Returns a PIL image.
 
-    Columns: picture, ground truth, the reference patches of the original CLIP and of the momentum encoder, the patches that
-    the model's own features name rightly, and the labels that its head makes of them. original, momentum: MomentumEncoders;
-    without momentum, the model itself takes its place.
+    Columns: picture, ground truth, the reference patches of the original CLIP and of the momentum encoder (if there is one),
+    the patches that the model's own features name rightly, and the labels that its head makes of them. original, momentum:
+    MomentumEncoders.
     """
     text, names, rows, maps = model.encode_text(model.tokenize(dataset.names)), dataset.evaluated, [], []
     for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int):
         image, labels, _ = dataset.load(i)
         prediction = evaluate.label_map(model, image, text, sliding=sliding).clamp(max=len(names) - 1).cpu().numpy()
         view, patches = one_view(model, image, labels)
-        own = model.encode_image(view)[0]
-        later = momentum.encode_image(view) if momentum else own
-        masks = [reference_mask(v, t, patches).reshape(model.grid).cpu().numpy()
-                 for v, t in ((original.encode_image(view), original_text), (later, text), (own, text))]
+        seen_by = [(original.encode_image(view), original_text), (model.encode_image(view)[0], text)]
+        if momentum:
+            seen_by.insert(1, (momentum.encode_image(view), text))
+        masks = [(nearest_class(v, t, len(names)) == patches).reshape(model.grid).cpu().numpy() for v, t in seen_by]
         rows.append([image, viz.paint(labels, names), *(viz.highlight(image, mask) for mask in masks),
                      viz.paint(prediction, names)])
         maps += [labels, prediction]
-    titles = ["picture", "ground truth", "reference patches\nof the original CLIP",
-              "reference patches of\nthe momentum encoder" if momentum else "reference patches\nof this model",
-              "patches that are right\nin the target CLIP", "prediction"]
+    titles = ["picture", "ground truth", "reference patches\nof the original CLIP", "patches that are right\nin the target CLIP",
+              "prediction"]
+    if momentum:
+        titles.insert(3, "reference patches of\nthe momentum encoder")
     return viz.grid(titles, rows, entries=viz.present(names, *maps))
 
 
@@ -133,10 +153,10 @@ def shift_statistics(model, original, dataset, desc="patches"):
     that it gives to the image's dominant class, the one with the most patches, though they belong to another.
     Returns a dict of numbers: shift_reference, shift_noisy, shift_text: 1 - cos to the original CLIP's features, averaged
     over these patches and over class names. contamination: among the patches that this model names wrongly, the share that it
-    gives to the image's dominant class. reference_share: of the labelled patches, those that it names rightly. And
+    gives to the image's dominant class. right_share: of the labelled patches, those that this model names rightly. And
     variance and separation of patches and of texts, as `Spread` has them; a name's texts are its PROMPTS.
     """
-    tokens, K = model.tokenize(dataset.names), len(dataset.names)
+    tokens, K, classes = model.tokenize(dataset.names), len(dataset.names), len(dataset.evaluated)
     device, text, first_text = tokens.device, model.encode_text(tokens), original.encode_text(tokens)
     sums, spread = torch.zeros(7, dtype=torch.float64, device=device), Spread(K, text.shape[1], device)
     for i in tqdm(range(len(dataset)), desc, leave=False):
@@ -145,25 +165,25 @@ def shift_statistics(model, original, dataset, desc="patches"):
         known = (labels != IGNORE)[0]
         if not known.any():
             continue
-        labels, patches, first = labels[0][known], model.encode_image(view)[0][0][known], original.encode_image(view)[0][0][known]
+        patches, first = (m.encode_image(view)[0][0][known] for m in (model, original))
+        labels = labels[0][known]
         dominant = labels.bincount(minlength=K).argmax()
-        guess, first_guess = (F.normalize(v, dim=-1) @ t.T for v, t in ((patches, text), (first, first_text)))
-        guess, first_guess = (g.argmax(-1).clamp(max=len(dataset.evaluated) - 1) for g in (guess, first_guess))
+        guess, first_guess = nearest_class(patches, text, classes), nearest_class(first, first_text, classes)
         reference, wrong = first_guess == labels, guess != labels
         noisy = ~reference & (first_guess == dominant)
         drift = (1 - F.cosine_similarity(patches, first, dim=-1)).clamp(min=0)
         sums += torch.stack([drift[reference].sum(), reference.sum(), drift[noisy].sum(), noisy.sum(),
                              (wrong & (guess == dominant)).sum(), wrong.sum(), (~wrong).sum()]).double()
         spread.add(patches, labels)
-    texts, classes = Spread(K, text.shape[1], device), torch.arange(K, device=device)
+    texts = Spread(K, text.shape[1], device)
     for prompt in PROMPTS:
-        texts.add(model.encode_text(model.tokenize(dataset.names, prompt)), classes)
+        texts.add(model.encode_text(model.tokenize(dataset.names, prompt)), torch.arange(K, device=device))
     share = lambda a, b: (sums[a] / sums[b]).item() if sums[b] else None
     variance, separation = spread.result()
     text_variance, text_separation = texts.result()
     return {"shift_reference": share(0, 1), "shift_noisy": share(2, 3),
             "shift_text": (1 - F.cosine_similarity(text, first_text, dim=-1)).clamp(min=0).mean().item(), "contamination": share(4, 5),
-            "reference_share": (sums[6] / (sums[5] + sums[6])).item(), "patch_variance": variance,
+            "right_share": (sums[6] / (sums[5] + sums[6])).item(), "patch_variance": variance,
             "patch_separation": separation, "text_variance": text_variance, "text_separation": text_separation}
 
 
@@ -204,53 +224,62 @@ def pictures(args, device):
 
 def shift(args, device):
     dataset = Part(data.open_dataset(args.dataset, args.data_root, args.split, args.classes), args.images)
-    rows = []
-    for i, path in enumerate(args.checkpoints):
+    rows, out = [], Path(args.out)
+
+    def row(name, step, model, original, seen):
+        zero_shot = model is original
+        confusion = evaluate.evaluate(model, dataset, device, args.sliding, zero_shot, desc=f"mIoU of {name}")
+        scores = evaluate.summary(confusion, dataset.evaluated, seen)
+        rows.append({"checkpoint": name, "step": step, **{key: scores.get(key) for key in SCORES},
+                     **shift_statistics(model, original, dataset, f"patches of {name}")})
+        correlate(args, rows, len(dataset), out / "shift.json")                            # after each: it may take hours
+
+    for path in args.checkpoints:
         checkpoint, net, original = read(path, device)
-        for name, model in [("original CLIP", original)] * (i == 0) + [(path, net)]:
-            confusion = evaluate.evaluate(model, dataset, device, args.sliding, zero_shot=model is original, desc=f"mIoU of {name}")
-            scores = evaluate.summary(confusion, dataset.evaluated, checkpoint["names"])
-            row = {"checkpoint": name, "step": checkpoint["step"] if model is net else 0,
-                   **{key: scores.get(key) for key in SCORES},
-                   **shift_statistics(model, original, dataset, f"patches of {name}")}
-            rows.append(row)
-    trained = rows[1:]
+        if not rows:
+            row("original CLIP", 0, original, original, checkpoint["names"])
+        row(path, checkpoint["step"], net, original, checkpoint["names"])
     show = lambda key, v: "-" if v is None else f"{v:.1f}" if key in SCORES else f"{v:.3f}"
-    print(evaluate.table([["", *(row["checkpoint"] for row in rows)]] +
-                         [[key, *(show(key, row[key]) for row in rows)] for key in rows[0] if key not in ("checkpoint", "step")]))
-    target = "unseen" if trained[0]["unseen"] is not None else "mIoU_ground_truth"
-    shifts = ("shift_reference", "shift_noisy", "shift_text")
-    found = {s: pearson([r[s] for r in trained], [r[target] for r in trained]) for s in shifts}
-    print(f"\nPearson correlation with {target} over {len(trained)} checkpoints: " + ", ".join(
-        f"{s} {'not defined' if v is None else f'{v:+.2f}'}" for s, v in found.items()))
-    out = Path(args.out)
-    (out / "shift.json").write_text(json.dumps(dict(dataset=args.dataset, split=args.split, images=len(dataset), rows=rows,
-                                                    correlation=dict(with_=target, checkpoints=len(trained), **found)), indent=1))
+    print(evaluate.table([["", *(r["checkpoint"] for r in rows)]] +
+                         [[key, *(show(key, r[key]) for r in rows)] for key in rows[0] if key not in ("checkpoint", "step")]))
+    found, target = correlate(args, rows, len(dataset), out / "shift.json")
+    texts = {key: "not defined" if v is None else f"{v:+.2f}" for key, v in found.items()}
+    print(f"\nPearson correlation with {target} over {len(rows) - 1} checkpoints: " +
+          ", ".join(f"{key} {text}" for key, text in texts.items()))
     viz.save_plot(out / "shift.png", [
-        (f"n = {len(trained)}" + ("" if found[s] is None else f", r = {found[s]:+.2f}"), f"{s.replace('_', ' of ')}, 1 - cos",
-         f"{target}, %", [("", [r[s] for r in trained], [r[target] for r in trained], "o")]) for s in shifts])
+        (f"n = {len(rows) - 1}, r {text}", f"{key.replace('_', ' of ')}, 1 - cos", f"{target}, %",
+         [("", [r[key] for r in rows[1:]], [r[target] for r in rows[1:]], "o")]) for key, text in texts.items()])
     print(f"written to {out}: shift.json, shift.png")
+
+
+def correlate(args, rows, images, path):
+    """Write the rows so far, and the correlation of each shift with mIoU over them but the first, the original CLIP.
+    Returns ({shift: Pearson's r or None}, name of the mIoU)."""
+    target = "unseen" if rows[0]["unseen"] is not None else "mIoU_ground_truth"
+    found = {key: pearson([r[key] for r in rows[1:]], [r[target] for r in rows[1:]]) for key in SHIFTS}
+    path.write_text(json.dumps({"dataset": args.dataset, "split": args.split, "images": images, "rows": rows,
+                                "correlation": {"with": target, "checkpoints": len(rows) - 1, **found}}, indent=1))
+    return found, target
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = p.add_subparsers(dest="verb", required=True)
-    for verb, run in (("pictures", pictures), ("shift", shift)):
-        v = verbs.add_parser(verb, help={"pictures": "draw what the encoders see", "shift": "measure what fine-tuning moved"}[verb])
-        v.set_defaults(run=run)
-        if verb == "pictures":
-            v.add_argument("--checkpoint", required=True, help="of train.py")
-        else:
-            v.add_argument("--checkpoints", required=True, nargs="+", help="of train.py, whole or snapshots")
-        v.add_argument("--dataset", default="toy", help=", ".join(data.NAMES))
-        v.add_argument("--data-root", help="the folder that holds the datasets")
-        v.add_argument("--split", default="val")
-        v.add_argument("--classes", help="other names for the dataset's classes: a file, or comma-separated")
-        v.add_argument("--images", type=int, default=0, help="how many, evenly spread (default 6 to draw, all to measure)")
-        v.add_argument("--views", choices=("sliding", "whole"), help="for the head's labels (default: one view for toy)")
-        v.add_argument("--out", default="out/study", help="folder for the results (default out/study)")
+    verbs = p.add_subparsers(required=True)
+    draw = verbs.add_parser("pictures", help="draw what the encoders see")
+    draw.add_argument("--checkpoint", required=True, help="of train.py")
+    measure = verbs.add_parser("shift", help="measure what fine-tuning moved")
+    measure.add_argument("--checkpoints", required=True, nargs="+", help="of train.py, whole or snapshots")
+    for verb, run in ((draw, pictures), (measure, shift)):
+        verb.set_defaults(run=run)
+        verb.add_argument("--dataset", default="toy", help=", ".join(data.NAMES))
+        verb.add_argument("--data-root", help="the folder that holds the datasets")
+        verb.add_argument("--split", default="val")
+        verb.add_argument("--classes", help="other names for the dataset's classes: a file, or comma-separated")
+        verb.add_argument("--images", type=int, default=0, help="how many, evenly spread (default 6 to draw, all to measure)")
+        verb.add_argument("--views", choices=("sliding", "whole"), help="for the head's labels (default: one view for toy)")
+        verb.add_argument("--out", default="out/study", help="folder for the results (default out/study)")
     args = p.parse_args()
-    args.sliding = args.views != "whole" if args.views else not args.dataset.startswith("toy")
+    args.sliding = evaluate.is_sliding(args.views, args.dataset)
     with runs.one_sentence_for_errors():
         Path(args.out).mkdir(parents=True, exist_ok=True)
         args.run(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

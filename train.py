@@ -1,9 +1,9 @@
 """Train reference patch momentum distillation (RPMD).
 
     python train.py                                                     the embedded toy world, minutes on a laptop
-    python train.py --dataset folder:my-data --steps 2000               your own images, masks and classes.txt
-    python train.py --dataset coco-stuff --data-root DIR                one GPU
-    torchrun --nproc_per_node=8 train.py --dataset coco-stuff --data-root DIR --batch-size 8
+    python train.py --dataset folder:my-data --steps 2000 --out mine    your own images, masks and classes.txt
+    python train.py --dataset coco-stuff --data-root DIR --out coco     one GPU
+    torchrun --nproc_per_node=8 train.py --dataset coco-stuff --data-root DIR --out coco8
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
 
 An interrupted run goes on where it stopped when the same command is given again. Everything lands in --out: log.jsonl (a
@@ -83,7 +83,7 @@ def parse():
                    help="what Eq. (2) compares: unit vectors, or CLIP's features as they are (ours; default normalised)")
     p.add_argument("--ignored", default="negative", choices=("negative", "skip"),
                    help="unlabelled pixels: negatives of every class, as in CAT-Seg (default), or left out of L_SEG")
-    p.add_argument("--accumulate", type=int, default=1, 
+    p.add_argument("--accumulate", type=int, default=1,
                    help="passes per step, each over a part of the batch; SPD and CPA average within a part (default 1)")
     p.add_argument("--recompute-head", action="store_true", help="save memory: compute the head again in the backward pass")
     p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default bf16 where the GPU has it, else fp32")
@@ -96,8 +96,8 @@ def parse():
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size is None:
         args.batch_size = max(RECIPE["batch-size"][args.clip == "tiny"], world * args.accumulate)
-    if args.tpa_steps is None and args.distill in ("none", "pooled"):
-        args.tpa_steps = 0  # TPA is part of RPMD
+    if args.tpa_steps is None and (args.distill in ("none", "pooled") or args.adapt in ("visual", "none")):
+        args.tpa_steps = 0  # TPA is part of RPMD, and for a text encoder that trains
     for flag, (real, tiny, _) in RECIPE.items():
         name = flag.replace("-", "_")
         if getattr(args, name) is None:
@@ -109,8 +109,6 @@ def parse():
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     args.precision = args.precision or ("bf16" if bf16 else "fp32")
     args.workers = args.workers if args.workers is not None else 4 * cuda
-    if args.adapt in ("visual", "none"):
-        args.tpa_steps = 0  # the text encoder stays as it is
     return args
 
 
@@ -150,13 +148,17 @@ def set_learning_rate(optimiser, step, steps):
         group["lr"] = group["base_lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def step_losses(model, momentum, images, target, tokens, args, stop=False):
+FIGURES = ("segmentation_loss", "spd_loss", "cpa_loss", "pooled_loss", "total_loss", "reference_patches", "labelled_patches",
+           "contrast_patches")
+
+
+def step_losses(model, momentum, images, target, tokens, args):
     """Everything the paper defines, for one pass. model: Segmenter, or DDP around one. momentum: None for --distill none,
     where the target is its own teacher: SPD is 0 then, and the reference patches are the target's.
 
-    Returns (loss, figures, stop). loss is L_total, scaled so that the mean over processes of its gradient is the
-    gradient on the joined batch: SPD and CPA average over the images that have reference patches, and a process may have
-    more of them than another. figures: this process's share of the logged sums. stop: whether any process asked for it.
+    Returns (loss, figures). loss is L_total, scaled so that the mean over processes of its gradient is the gradient on the
+    joined batch: SPD and CPA average over the images that have reference patches, and a process may have more of them than
+    another. figures: this process's share of the sums that FIGURES names.
     """
     net = getattr(model, "module", model)
     amp = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
@@ -174,27 +176,28 @@ def step_losses(model, momentum, images, target, tokens, args, stop=False):
     correct = reference_mask(patches, text, labels)
     cpa = cpa_loss(patches, prototypes, valid, labels, correct, args.tau)                  # Eq. (5)
     seg = segmentation_loss(logits, target, args.ignored)
+    pooled = pooled_loss(patches, momentum_patches, net.grid)                              # MAFT+'s, to compare with
 
     q = contrast_mask(valid, labels, correct)
     counted = (target != IGNORE).sum() if args.ignored == "skip" else torch.tensor(target.numel(), device=target.device)
-    asked = torch.tensor(int(stop), device=target.device)
-    counts = torch.stack([counted, mask.any(-1).sum(), q.any(-1).sum(), asked]).double().cpu()
-    total, world = counts.clone(), 1
     if dist.is_initialized():
-        world = dist.get_world_size()
-        dist.all_reduce(total, group=runs.control)
-    w_seg, w_spd, w_cpa = (world * counts[:3] / total[:3].clamp(min=1)).tolist()
-    seg, spd, cpa = w_seg * seg, w_spd * spd, w_cpa * cpa
-    pooled = pooled_loss(patches, momentum_patches, net.grid)                              # MAFT+'s, to compare with
-    loss = {"rpmd": total_loss(seg, spd, cpa, args.lambda_spd, args.lambda_cpa),           # Eq. (6)
-            "frozen": total_loss(seg, spd, cpa, args.lambda_spd, args.lambda_cpa),
-            "pooled": seg + args.lambda_pooled * pooled, "none": seg}[args.distill]
+        counts = torch.stack([counted, mask.any(-1).sum(), q.any(-1).sum()]).double()
+        total = counts.clone()
+        dist.all_reduce(total)
+        weights = (dist.get_world_size() * counts / total.clamp(min=1)).float()
+        seg, spd, cpa = (weight * loss for weight, loss in zip(weights, (seg, spd, cpa)))
+    if args.distill == "none":
+        loss = seg
+    elif args.distill == "pooled":
+        loss = seg + args.lambda_pooled * pooled
+    else:
+        loss = total_loss(seg, spd, cpa, args.lambda_spd, args.lambda_cpa)                 # Eq. (6)
     figures = torch.stack([seg, spd, cpa, pooled, loss, mask.sum(), (labels != IGNORE).sum(), q.sum()])
-    return loss, figures.detach().double(), bool(total[3] > 0)
+    return loss, figures.detach().double()
 
 
 def train(args, rank, world, device):
-    if args.batch_size % (world * args.accumulate):
+    if args.accumulate < 1 or args.batch_size < 1 or args.batch_size % (world * args.accumulate):
         raise ValueError(f"--batch-size {args.batch_size} does not divide among {world} processes x "
                          f"--accumulate {args.accumulate}")
     say = tqdm.write if rank == 0 else lambda *_: None
@@ -207,28 +210,25 @@ def train(args, rank, world, device):
     for split, part in (("training", train_set), ("validation", val_set)):
         say(f"{args.dataset}: {len(part)} {split} images of {len(part.names)} classes, from {part.source}")
     crops = data.TrainingCrops(train_set, args.image_size, args.seed, args.jitter)
-    sliding, per_process = not args.dataset.startswith("toy"), args.batch_size // world
+    sliding, per_process = evaluate.is_sliding(None, args.dataset), args.batch_size // world
 
     def loader(dataset, start, stop, size=per_process):
         return data.batches(dataset, size, start, stop, rank, world, args.workers)
 
     model = build_model(args, rank, device)
     tokens, val_tokens = model.tokenize(train_set.names), model.tokenize(val_set.names)
-    original = MomentumEncoder(model, alpha=1.0)                                           # the original CLIP, to compare with
+    original = MomentumEncoder(model, alpha=1.0)                                           # a frozen copy, to compare with
     original_weights = {name: p.detach().clone() for name, p in model.named_parameters()
-                     if p.requires_grad and not name.startswith("head.")}                  # what trains of CLIP
+                        if p.requires_grad and not name.startswith("head.")}               # what trains of CLIP
     with torch.no_grad():
-        original_text, original_val_text = model.encode_text(tokens), model.encode_text(val_tokens)
+        original_text = model.encode_text(val_tokens)
 
     def measure(model, momentum=None):
         """Share of reference patches in training, drift of the original's in validation, on about 32 crops each."""
         passes = max(1, 32 // args.batch_size)
         val_crops = data.TrainingCrops(val_set, args.image_size, args.seed, 0.0)
-        share, _ = study.reference_statistics(model, original, original_text, tokens, loader(crops, 0, passes),
-                                              device, momentum)
-        _, drift = study.reference_statistics(model, original, original_val_text, val_tokens, loader(val_crops, 0, passes),
-                                              device)
-        return {"reference_share": share, "reference_drift": drift}
+        return {"reference_share": study.reference_share(model, tokens, loader(crops, 0, passes), device, momentum),
+                "reference_drift": study.reference_drift(model, original, original_text, loader(val_crops, 0, passes), device)}
 
     def score(zero_shot=False):
         title = "zero-shot" if zero_shot else "evaluating"
@@ -240,11 +240,13 @@ def train(args, rank, world, device):
     last, log = out / "last.pt", out / "log.jsonl"
     state = None if args.restart or not last.exists() else segmenter.read_checkpoint(last)
     lines = runs.read_log(log) if state else []
-    tpa_loss = None
+    runs.check_agreement(state["step"] if state else None, f"--out {out} should be one folder for all nodes: the step of {last}")
     if state:
         runs.check_flags(args, state, FIXED, train_set.names, last, say)
         segmenter.load_state(model, state["model"], last)
         facts, first = state["facts"], state["step"]
+        if first > args.steps:
+            raise ValueError(f"{last} has {first} steps, more than --steps {args.steps}: use another --out, or --restart")
         say(f"going on from {last} at step {first}" if first < args.steps else
             f"{last} is complete: evaluating it again; --restart trains anew")
     else:
@@ -252,11 +254,10 @@ def train(args, rank, world, device):
         if args.tpa_steps:
             warm_up = loader(crops, 0, args.tpa_steps)
             progress = lambda it: tqdm(it, "TPA", disable=rank > 0, leave=False)
-            tpa_loss = tpa.pre_align(model, tokens, warm_up, args.tpa_lr, device, progress)
+            facts["tpa_loss"] = tpa.pre_align(model, tokens, warm_up, args.tpa_lr, device, progress)
             facts["after_tpa"] = measure(model)
             say("TPA: share of reference patches {reference_share:.3f}".format(**facts["before_tpa"]) +
                 " -> {reference_share:.3f}".format(**facts["after_tpa"]))
-    runs.check_agreement(first, f"--out {out} should be one folder for all nodes: the step of {last}")
 
     # momentum encoder, optimiser, DDP
     alpha = {"rpmd": args.alpha, "frozen": 1.0, "pooled": 1.0, "none": None}[args.distill]
@@ -293,8 +294,8 @@ def train(args, rank, world, device):
     # the log so far, without the last evaluation, which is about to come again
     keep = [l for l in lines if l["step"] <= first and not (l["step"] == args.steps and "mIoU_union" in l)]
     record = runs.Log(log, keep).append if rank == 0 else lambda **line: None
-    if tpa_loss is not None:
-        record(step=0, tpa_loss=tpa_loss, before=facts["before_tpa"], after=facts["after_tpa"])
+    if "tpa_loss" in facts and not any(line["step"] == 0 for line in keep):
+        record(step=0, tpa_loss=facts["tpa_loss"], before=facts["before_tpa"], after=facts["after_tpa"])
 
     # joint training
     stop = runs.Interruption()
@@ -312,19 +313,18 @@ def train(args, rank, world, device):
     bar = tqdm(total=args.steps, initial=first, desc="training", disable=rank > 0)
     parts = iter(loader(crops, first * args.accumulate, args.steps * args.accumulate, per_process // args.accumulate))
     for step in range(first + 1, args.steps + 1):
-        begin = time.time()
+        begin, halt = time.time(), runs.anyone(stop.asked)
         ddp.train()
         set_learning_rate(optimiser, step - 1, args.steps)
-        figures, paths, halt = 0, [], False
+        figures, paths = 0, []
         for part in range(args.accumulate):
-            images, target, names = next(parts)
-            paths += names
-            lazy = ddp.no_sync() if world > 1 and part < args.accumulate - 1 else contextlib.nullcontext()
-            with lazy:
-                loss, sums, asked = step_losses(ddp, momentum, images.to(device, non_blocking=True),
-                                               target.to(device, non_blocking=True), tokens, args, stop.asked)
+            images, target, files = next(parts)
+            images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
+            apart = world > 1 and part < args.accumulate - 1                               # gradients meet at the last part
+            with ddp.no_sync() if apart else contextlib.nullcontext():
+                loss, sums = step_losses(ddp, momentum, images, target, tokens, args)
                 scaler.scale(loss / args.accumulate).backward()
-            figures, halt = figures + sums, halt or asked
+            figures, paths = figures + sums, paths + list(files)
         scaler.unscale_(optimiser)
         grad_norm = nn.utils.clip_grad_norm_(trained, args.clip_grad)
         # under fp16 an infinite gradient is the scaler's to skip, a loss that is not finite nobody's
@@ -339,13 +339,15 @@ def train(args, rank, world, device):
         if every(args.log_every, step) or step == args.steps:
             if world > 1:
                 dist.all_reduce(figures)
-            seg, spd, cpa, pooled, total = (figures[:5] / world / args.accumulate).tolist()
-            share = (figures[5] / figures[6].clamp(min=1)).item()
+            sums = dict(zip(FIGURES, figures.tolist()))
+            losses = {name: sums[name] / world / args.accumulate for name in FIGURES[:5]}
+            share = sums["reference_patches"] / max(1, sums["labelled_patches"])
             rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
-            record(step=step, segmentation_loss=seg, spd_loss=spd, cpa_loss=cpa, pooled_loss=pooled, total_loss=total,
-                   reference_share=share, contrast_patches=int(figures[7]), lr=rates["head"], lr_clip=rates.get("clip", 0.0),
-                   grad_norm=float(grad_norm), seconds=round(time.time() - begin, 3), memory_gb=runs.peak_memory(device))
-            bar.set_postfix(seg=f"{seg:.3f}", spd=f"{spd:.3f}", cpa=f"{cpa:.3f}", ref=f"{share:.2f}")
+            record(step=step, **losses, reference_share=share, contrast_patches=int(sums["contrast_patches"]), lr=rates["head"],
+                   lr_clip=rates.get("clip", 0.0), grad_norm=float(grad_norm), seconds=round(time.time() - begin, 3),
+                   memory_gb=runs.peak_memory(device))
+            bar.set_postfix(seg=f"{losses['segmentation_loss']:.3f}", spd=f"{losses['spd_loss']:.3f}",
+                            cpa=f"{losses['cpa_loss']:.3f}", ref=f"{share:.2f}")
         bar.update()
         if halt and step < args.steps:
             save(step)
@@ -367,7 +369,7 @@ def train(args, rank, world, device):
         (out / "results.json").write_text(json.dumps(results, indent=1))
         say(report(results))
         viz.curves(log, out / "curves.png")
-        study.example_sheet(model, original, original_val_text, momentum, val_set, sliding).save(out / "examples.png")
+        study.example_sheet(model, original, original_text, momentum, val_set, sliding).save(out / "examples.png")
         say(f"\nwritten to {out}: examples.png, curves.png, results.json, log.jsonl, last.pt")
     return 0
 
@@ -390,19 +392,15 @@ def every(n, step):
 
 
 def non_finite(step, figures, paths, last):
-    names = ("segmentation_loss", "spd_loss", "cpa_loss", "pooled_loss")
-    terms = [name for name, v in zip(names, figures.tolist()) if not math.isfinite(v)]
+    terms = [name for name, value in zip(FIGURES[:4], figures.tolist()) if not math.isfinite(value)]
     what = " and ".join(terms) or "the gradient, not the losses of this process,"
-    what += " became NaN or infinite"
-    return f"step {step}: {what}; images {', '.join(paths)}; nothing was written after {last}"
+    return f"step {step}: {what} became NaN or infinite; images {', '.join(paths)}; nothing was written after {last}"
 
 
 def main():
     args = parse()
     with runs.one_sentence_for_errors():
         status = train(args, *runs.start_processes(args.timeout))
-    if dist.is_initialized():
-        dist.destroy_process_group()
     sys.exit(status)
 
 

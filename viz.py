@@ -110,7 +110,7 @@ def segmentation(image, labels, names):
 def grid(titles, rows, cell=192, entries=()):
     """A sheet of pictures: a row of titles, then rows of PIL images, then a legend. Returns a PIL image."""
     gap, letters = 8, font(14)
-    heights = [max(round(im.height * cell / im.width) for im in row) for row in rows]
+    heights = [max(1, *(round(im.height * cell / im.width) for im in row)) for row in rows]
     top = 18 * max(t.count("\n") + 1 for t in titles) + gap
     sheet = Image.new("RGB", (len(titles) * (cell + gap) + gap, top + sum(h + gap for h in heights)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -119,7 +119,7 @@ def grid(titles, rows, cell=192, entries=()):
     for row, height in zip(rows, heights):
         for i, im in enumerate(row):
             smooth = Image.Resampling.NEAREST if im.width < cell else Image.Resampling.BILINEAR
-            sheet.paste(im.resize((cell, round(im.height * cell / im.width)), smooth), (gap + i * (cell + gap), top))
+            sheet.paste(im.resize((cell, max(1, round(im.height * cell / im.width))), smooth), (gap + i * (cell + gap), top))
         top += height + gap
     return stack(sheet, legend(entries, sheet.width)) if entries else sheet
 
@@ -157,7 +157,7 @@ def save_plot(path, panels):
 def curves(log, path):
     """Draw a run's log.jsonl: losses, share of reference patches, and mIoU against steps."""
     lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
-    steps, scores = [l for l in lines if "total_loss" in l], [l for l in lines if "mIoU_ground_truth" in l]
+    steps, scores = [l for l in lines if "total_loss" in l], [l for l in lines if l.get("mIoU_ground_truth") is not None]
     line = lambda key, source, style="-", scale=1: (key, [l["step"] for l in source], [scale * l[key] for l in source], style)
     keys = ("seen", "unseen", "harmonic") if scores and "seen" in scores[0] else ("mIoU_ground_truth",)
     save_plot(path, [

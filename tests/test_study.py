@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
+import evaluate
 import model as segmenter
 import study
 from conftest import run
@@ -61,7 +62,7 @@ def test_shift_statistics_equal_loops(tiny, folder):
         drifts, counts = {"reference": [], "noisy": []}, {"wrong": 0, "contaminated": 0, "right": 0}
         for i in range(len(dataset)):
             image, labels, _ = dataset.load(i)
-            view = data.normalise(image.resize((64, 64)))[None]
+            view = evaluate.views(image, 64, sliding=False)[0]
             big = F.interpolate(torch.tensor(labels).float()[None, None], (64, 64), mode="nearest")[0, 0].numpy()
             own, first = target.encode_image(view)[0][0].numpy(), tiny.encode_image(view)[0][0].numpy()
             grid = []
@@ -84,7 +85,7 @@ def test_shift_statistics_equal_loops(tiny, folder):
     assert got["shift_noisy"] == pytest.approx(np.mean(drifts["noisy"]), rel=1e-3)
     assert got["shift_text"] == pytest.approx(np.mean([1 - cosine(a, b) for a, b in zip(text, first_text)]), rel=1e-3)
     assert got["contamination"] == pytest.approx(counts["contaminated"] / counts["wrong"])
-    assert got["reference_share"] == pytest.approx(counts["right"] / (counts["right"] + counts["wrong"]))
+    assert got["right_share"] == pytest.approx(counts["right"] / (counts["right"] + counts["wrong"]))
     still = study.shift_statistics(tiny, tiny, dataset)
     assert abs(still["shift_reference"]) < 1e-6 and abs(still["shift_text"]) < 1e-6
     assert still["text_variance"] > 0.001 and got["patch_separation"] != still["patch_separation"]
@@ -111,7 +112,7 @@ def test_both_verbs(tiny, folder, tmp_path):
     assert found["correlation"]["shift_reference"] == pytest.approx(study.pearson(*zip(*pairs)), nan_ok=True)
     run("study.py", "pictures", "--checkpoint", files[0], "--dataset", f"folder:{folder}", "--out", tmp_path / "s", "--images", "2", "--views", "whole")
     assert {p.name for p in (tmp_path / "s").iterdir()} == {"shift.json", "shift.png", "pictures.png"}
-    assert Image.open(tmp_path / "s/pictures.png").width == 6 * 200 + 8
+    assert Image.open(tmp_path / "s/pictures.png").width == 5 * 200 + 8
 
 
 def test_a_checkpoint_without_the_original_is_refused(tiny, tmp_path):

@@ -89,18 +89,26 @@ class Interruption:
         self.asked = True
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Gives the path; what goes wrong while it is written becomes an OSError that names it."""
+    try:
+        yield path
+    except (OSError, RuntimeError) as e:                                                   # torch.save raises either
+        raise OSError(f"{path} can't be written ({e}); the last good checkpoint stays as it is") from e
+
+
 def write_checkpoint(contents, path):
     """Write a checkpoint whole or not at all: under another name, down to the disk, then renamed. Raises OSError."""
     temporary = path.with_suffix(".tmp")
     try:
-        with temporary.open("wb") as file:
+        with writing(path), temporary.open("wb") as file:
             torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as e:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} can't be written ({e}); the last good checkpoint stays as it is") from e
 
 
 class Log:
@@ -108,18 +116,13 @@ class Log:
 
     def __init__(self, path, lines):
         self.path, temporary = path, path.with_suffix(".tmp")
-        self.write(temporary, "w", lines)
+        with writing(path), temporary.open("w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
         temporary.replace(path)                                                            # never without the old lines
 
     def append(self, **line):
-        self.write(self.path, "a", [line])
-
-    def write(self, path, mode, lines):
-        try:
-            with path.open(mode) as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-        except OSError as e:
-            raise OSError(f"{path} can't be written ({e}); the last good checkpoint stays as it is") from e
+        with writing(self.path), self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def read_log(path):

@@ -39,10 +39,10 @@ from losses import (IGNORE, class_prototypes, class_reference_masks, contrast_ma
 # flag: (default with a real CLIP, default with --clip tiny, help). CAT-Seg's values are marked; the paper states none of
 # its own, so the rest are ours.
 RECIPE = {
-    "steps": (80_000, 400, "optimiser steps of joint training (CAT-Seg's)"),
+    "steps": (80_000, 300, "optimiser steps of joint training (CAT-Seg's)"),
     "batch-size": (4, 16, "images per step, over all processes; one for each process if these are more (CAT-Seg's)"),
     "lr": (2e-4, 5e-3, "learning rate of the head (CAT-Seg's)"),
-    "clip-lr-factor": (0.01, 0.1, "learning rate of CLIP's q and v, as a part of --lr (CAT-Seg's)"),
+    "clip-lr-factor": (0.01, 0.03, "learning rate of CLIP's q and v, as a part of --lr (CAT-Seg's)"),
     "weight-decay": (1e-4, 1e-4, "of AdamW, 0 on norms (CAT-Seg's)"),
     "clip-grad": (0.01, 0.1, "largest norm of the gradient (CAT-Seg's)"),
     "image-size": (384, 64, "side of the training crops (CAT-Seg's)"),
@@ -56,7 +56,7 @@ RECIPE = {
     "tpa-steps": (200, 10, "warm-up steps of text-to-patch pre-alignment, 0 = off; off for --distill none, pooled (ours)"),
     "tpa-lr": (2e-6, 5e-4, "learning rate of that (ours)"),
     "log-every": (50, 10, "steps between lines in log.jsonl"),
-    "eval-every": (10_000, 200, "steps between evaluations, 0 = only at the end"),
+    "eval-every": (10_000, 100, "steps between evaluations, 0 = only at the end"),
     "save-every": (1000, 100, "steps between checkpoints"),
     "snapshot-every": (0, 0, "steps between files of weights alone, step-N.pt, for study.py; 0 = none"),
 }
@@ -366,10 +366,13 @@ def train(args, rank, world, device):
     record(step=args.steps, **scores, **end)
     if rank == 0:
         results = dict(args=vars(args), **facts, trained=scores, end=end, classes=classes)
-        (out / "results.json").write_text(json.dumps(results, indent=1))
+        with runs.writing(out / "results.json") as path:
+            path.write_text(json.dumps(results, indent=1))
         say(report(results))
-        viz.curves(log, out / "curves.png")
-        study.example_sheet(model, original, original_text, momentum, val_set, sliding).save(out / "examples.png")
+        with runs.writing(out / "curves.png") as path:
+            viz.curves(log, path)
+        with runs.writing(out / "examples.png") as path:
+            study.example_sheet(model, original, original_text, momentum, val_set, sliding).save(path)
         say(f"\nwritten to {out}: examples.png, curves.png, results.json, log.jsonl, last.pt")
     return 0
 

@@ -1,4 +1,6 @@
 """Raw layouts written on the spot, what is wrong with data, and samples that depend on nothing but seed and draw number."""
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -171,3 +173,33 @@ def test_images_are_turned_upright(folder):
     exif[0x0112] = 6
     Image.new("RGB", (60, 80)).save(folder / "images/train/0.jpg", exif=exif)
     assert data.open_dataset(f"folder:{folder}", None, "train").load(0)[0].size == (80, 60)
+
+
+def test_check_reads_a_whole_dataset(folder, tmp_path, monkeypatch, capsys):
+    """Exit status 0, the share of each class and a picture; 1, and every broken file by its path; not a single good mask."""
+    import benchmarks
+
+    def check(*flags):
+        monkeypatch.setattr("sys.argv", ["data.py", "--check", f"folder:{folder}", "--workers", "0", "--out", str(tmp_path / "c"), *flags])
+        with pytest.raises(SystemExit) as e:
+            benchmarks.main()
+        return e.value.code, capsys.readouterr().out
+
+    status, said = check()
+    report, = tmp_path.glob("c/*train/report.json")
+    labels = np.concatenate([np.asarray(Image.open(p)).ravel() for p in (folder / "masks/train").iterdir()])
+    shares = json.loads(report.read_text())["percent_of_pixels"]
+    assert status == 0 and said.count("; see ") == 2 and "not usable" not in said
+    assert shares["green thing"] == pytest.approx(100 * (labels == 1).mean())
+    assert shares["(ignored)"] == pytest.approx(100 * (labels == 255).mean())
+    assert Image.open(report.parent / "samples.png").width > 800
+    break_range(folder), break_image(folder)
+    Image.new("L", (8, 8)).save(folder / "masks/train/4.png")
+    status, said = check("--split", "train")
+    assert status == 1 and "masks/train/4.png is 8 x 8" in said and "images/train/0.jpg can't be read" in said
+    for path in (folder / "masks/val").iterdir():
+        path.write_bytes(b"no picture")
+    status, said = check("--split", "val")
+    assert status == 1 and said.count("can't be read as a mask") == 3 and "not usable" in said
+    assert check("--split", "val", "--sample", "1")[1].count("can't be read as a mask") == 1
+    assert check("--split", "val", "--classes", "a, b")[1].count("--classes has 2 names") == 1

@@ -37,8 +37,8 @@ def test_training_commands_parse(command, monkeypatch):
 
 def test_the_python_example_runs(tiny, tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", TEXT, re.S)[1]
-    (tmp_path / "out").mkdir()
-    torch.save(dict(config=tiny.config, model=tiny.state_dict()), tmp_path / "out" / "last.pt")
+    (tmp_path / "coco").mkdir()
+    torch.save(dict(config=tiny.config, model=tiny.state_dict()), tmp_path / "coco" / "last.pt")
     Image.new("RGB", (90, 70), "red").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     scope = {}

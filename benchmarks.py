@@ -65,6 +65,8 @@ def read_painted(image):
     """RunLengths -> category ids, later masks over earlier ones, 0 where there is none."""
     with reading(image, "run-length masks"):
         from pycocotools.mask import decode, frPyObjects
+        if not 0 < image.size[0] * image.size[1] < 2e8:                                    # the decoder does not ask
+            raise ValueError(f"sides of {image.size}")
         canvas = np.zeros(image.size, np.uint16)
         for category, runs in image.masks:
             if tuple(runs["size"]) != image.size:
@@ -196,7 +198,7 @@ class Files:
             lonely = sorted(i for i in ids if i not in found)
             if lonely:
                 there = masks.get(lonely[0], images.get(lonely[0], listed))
-                raise DataError(f"{there} has no partner {lonely[0]} in {folder} ({len(lonely)} such): every image needs a "
+                raise DataError(f"{there} has no partner {lonely[0][:100]} in {folder} ({len(lonely)} such): every image needs a "
                                 f"mask of the same name, and the reverse")
         self.pairs = [(images[i], masks[i]) for i in sorted(set(ids))]
 

@@ -46,7 +46,7 @@ def reading(path, kind):
         raise DataError(f"{path} needs a package to be read: pip install {e.name}") from e
     except Exception as e:
         what = f"there is no {e} in it" if isinstance(e, KeyError) else " ".join(str(e).split()) or type(e).__name__
-        raise DataError(f"{path} can't be read as {kind} ({what})") from e
+        raise DataError(f"{path} can't be read as {kind} ({what[:200]})") from e
 
 
 def read_image(path):
@@ -100,11 +100,13 @@ def read_names(classes):
         where, names = classes, [line.split("\t")[-1].strip() for line in lines]
     elif isinstance(classes, str):
         names = [name.strip() for name in classes.split(",")]
+    if len(names) > 65_535:
+        raise DataError(f"{where} holds {len(names)} names, more than masks of 16 bits can tell apart")
     if not names or "" in names:
         raise DataError(f"{where} " + (f"has no name on line {names.index('') + 1}" if names else "holds no class name"))
     twice = [name for name, count in collections.Counter(names).items() if count > 1]
     if twice:
-        raise DataError(f"{where} names {twice[0]!r} twice")
+        raise DataError(f"{where} names {twice[0][:100]!r} twice")
     return list(names)
 
 

@@ -402,6 +402,9 @@ def build(clip, pretrained=None, image_size=384, channels=128):
                | {"hf_model_name", "hf_tokenizer_name", "no_causal_mask", "pool_type"} & sizes["text_cfg"].keys())
     if foreign or not isinstance(sizes["vision_cfg"]["layers"], int):                      # several layer counts: a ResNet
         raise ValueError(f"--clip {clip}: only CLIP models with a plain ViT and CLIP's own text encoder are supported")
+    for flag, value in (("image-size", image_size), ("channels", channels)):
+        if not 16 <= value <= 2048:
+            raise ValueError(f"--{flag} {value} should lie within 16..2048")
     model = open_clip.model.CLIP(**sizes)
     patch, native = sizes["vision_cfg"]["patch_size"], sizes["vision_cfg"]["image_size"]
     grid = (image_size if image_size % patch == 0 else native) // patch
@@ -445,7 +448,7 @@ def is_torchscript(path):
 
 
 def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def read_checkpoint(path):
@@ -482,10 +485,12 @@ def load(path):
 def from_checkpoint(checkpoint, path):
     """The Segmenter in a dict of `read_checkpoint`; path only names it in errors."""
     try:
-        model = build(**checkpoint["config"])
-    except (TypeError, KeyError, AttributeError) as e:
-        raise ValueError(f"{path} holds a 'config' that is not of this project: {first_line(e)}") from e
-    load_state(model, checkpoint["model"], path)
+        clip, image_size, channels = (checkpoint["config"][name] for name in ("clip", "image_size", "channels"))
+        model = build(clip, None, image_size, channels)
+        load_state(model, checkpoint["model"], path)
+    except Exception as e:  # whatever a stranger's file may hold instead
+        sentence = first_line(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {first_line(e)}"
+        raise ValueError(sentence if str(path) in sentence else f"{path} can't be loaded ({sentence})") from e
     return model
 
 

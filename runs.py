@@ -12,7 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-control = None  # process group for small messages between CPUs, whatever the devices; it can say which process is missing
+control = None     # process group for small messages between CPUs, whatever the devices
+roll_call = None   # another one, which says who is missing when a collective has failed
 
 
 def start_processes(minutes):
@@ -20,7 +21,7 @@ def start_processes(minutes):
 
     minutes: how long a process waits for the others before it gives up.
     """
-    global control
+    global control, roll_call
     rank, world, local = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -28,7 +29,7 @@ def start_processes(minutes):
     if world > 1:
         timeout = timedelta(minutes=minutes)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-        control = dist.new_group(backend="gloo", timeout=timeout)
+        control, roll_call = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     return rank, world, device
 
 
@@ -67,7 +68,7 @@ def leave(sentence):
 def who_is_missing():
     """After a collective failed: which process hangs, found out by those that do not."""
     try:
-        dist.monitored_barrier(control, timedelta(seconds=5), wait_all_ranks=True)
+        dist.monitored_barrier(roll_call, timedelta(seconds=5), wait_all_ranks=True)
         hanging = None
     except RuntimeError as e:
         hanging = re.search(r"Ranks? ([\d, ]+) failed", str(e))
@@ -109,6 +110,16 @@ def write_checkpoint(contents, path):
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def loading(path):
+    """What goes wrong while a checkpoint's content is taken over becomes a ValueError that names the file."""
+    try:
+        yield
+    except Exception as e:                                                                 # it may be a stranger's, or damaged
+        sentence = ((str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}").splitlines() or [""])[0][:300]
+        raise ValueError(sentence if str(path) in sentence else f"training can't go on from {path} ({sentence})") from e
 
 
 class Log:

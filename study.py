@@ -26,7 +26,8 @@ import viz
 from ema import MomentumEncoder
 from losses import IGNORE, patch_labels, reference_mask
 
-SHIFTS = ("shift_reference", "shift_noisy", "shift_text")
+SHIFTS = {"shift_reference": "shift of reference patches", "shift_noisy": "shift of noisy patches",
+          "shift_text": "shift of texts"}
 SCORES = ("seen", "unseen", "mIoU_ground_truth")                                           # in per cent
 PROMPTS = (segmenter.PROMPT, "a photo of a {}", "there is a {} here", "a close view of the {}", "{}")  # for texts' variance
 
@@ -247,7 +248,7 @@ def shift(args, device):
     print(f"\nPearson correlation with {target} over {len(rows) - 1} checkpoints: " +
           ", ".join(f"{key} {text}" for key, text in texts.items()))
     viz.save_plot(out / "shift.png", [
-        (f"n = {len(rows) - 1}, r {text}", f"{key.replace('_', ' of ')}, 1 - cos", f"{target}, %",
+        (f"n = {len(rows) - 1}, r {text}", f"{SHIFTS[key]}, 1 - cos", f"mIoU ({target}), %",
          [("", [r[key] for r in rows[1:]], [r[target] for r in rows[1:]], "o")]) for key, text in texts.items()])
     print(f"written to {out}: shift.json, shift.png")
 

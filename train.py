@@ -242,11 +242,12 @@ def train(args, rank, world, device):
     lines = runs.read_log(log) if state else []
     runs.check_agreement(state["step"] if state else None, f"--out {out} should be one folder for all nodes: the step of {last}")
     if state:
-        runs.check_flags(args, state, FIXED, train_set.names, last, say)
-        segmenter.load_state(model, state["model"], last)
-        facts, first = state["facts"], state["step"]
-        if first > args.steps:
-            raise ValueError(f"{last} has {first} steps, more than --steps {args.steps}: use another --out, or --restart")
+        with runs.loading(last):
+            runs.check_flags(args, state, FIXED, train_set.names, last, say)
+            segmenter.load_state(model, state["model"], last)
+            facts, first = state["facts"], state["step"]
+            if first > args.steps:
+                raise ValueError(f"{last} has {first} steps, more than --steps {args.steps}: use another --out, or --restart")
         say(f"going on from {last} at step {first}" if first < args.steps else
             f"{last} is complete: evaluating it again; --restart trains anew")
     else:
@@ -266,14 +267,15 @@ def train(args, rank, world, device):
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     if state:
         settings = [{k: group[k] for k in ("base_lr", "weight_decay")} for group in optimiser.param_groups]
-        optimiser.load_state_dict(state["optimiser"])
-        for group, now in zip(optimiser.param_groups, settings):                           # changed flags hold from here on
-            group.update(now)
-        if state["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(state["scaler"])
-        if momentum:
-            momentum.load_state_dict(state["momentum"])
-            momentum.alpha = alpha
+        with runs.loading(last):
+            optimiser.load_state_dict(state["optimiser"])
+            for group, now in zip(optimiser.param_groups, settings):                       # changed flags hold from here on
+                group.update(now)
+            if state["scaler"] and scaler.is_enabled():
+                scaler.load_state_dict(state["scaler"])
+            if momentum:
+                momentum.load_state_dict(state["momentum"])
+                momentum.alpha = alpha
         del state
     devices = [device] if device.type == "cuda" else None
     ddp = nn.parallel.DistributedDataParallel(model, devices) if world > 1 else model

@@ -146,6 +146,7 @@ def save_plot(path, panels):
         for label, x, y, style in curves:
             ax.plot(x, y, style, label=label, lw=1.2, ms=4)
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        ax.locator_params(axis="x", nbins=5)                                               # so that no two numbers meet
         ax.grid(alpha=0.3)
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=8)

@@ -240,7 +240,7 @@ def train(args, rank, world, device):
     last, log = out / "last.pt", out / "log.jsonl"
     state = None if args.restart or not last.exists() else segmenter.read_checkpoint(last)
     lines = runs.read_log(log) if state else []
-    runs.check_agreement(state["step"] if state else None, f"--out {out} should be one folder for all nodes: the step of {last}")
+    runs.check_agreement(state.get("step") if state else None, f"--out {out} should be one folder for all nodes: the step of {last}")
     if state:
         with runs.loading(last):
             runs.check_flags(args, state, FIXED, train_set.names, last, say)

@@ -245,7 +245,7 @@ def shift(args, device):
                          [[key, *(show(key, r[key]) for r in rows)] for key in rows[0] if key not in ("checkpoint", "step")]))
     found, target = correlate(args, rows, len(dataset), out / "shift.json")
     texts = {key: "not defined" if v is None else f"{v:+.2f}" for key, v in found.items()}
-    print(f"\nPearson correlation with {target} over {len(rows) - 1} checkpoints: " +
+    print(f"\nPearson correlation with {target} over {len(rows) - 1} checkpoint(s): " +
           ", ".join(f"{key} {text}" for key, text in texts.items()))
     viz.save_plot(out / "shift.png", [
         (f"n = {len(rows) - 1}, r {text}", f"{SHIFTS[key]}, 1 - cos", f"mIoU ({target}), %",

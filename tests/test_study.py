@@ -107,7 +107,7 @@ def test_both_verbs(tiny, folder, tmp_path):
     assert [r["checkpoint"] for r in found["rows"]] == ["original CLIP", *map(str, files)]
     moves = [r["shift_reference"] for r in found["rows"]]
     assert moves[0] == pytest.approx(0, abs=1e-6) and sorted(moves) == moves and moves[3] > 2 * moves[1] > 0
-    assert "shift_noisy" in done.stdout and "over 3 checkpoints" in done.stdout and "unseen" in done.stdout
+    assert "shift_noisy" in done.stdout and "over 3 checkpoint(s)" in done.stdout and "unseen" in done.stdout
     pairs = [(r["shift_reference"], r["unseen"]) for r in found["rows"][1:]]
     assert found["correlation"]["shift_reference"] == pytest.approx(study.pearson(*zip(*pairs)), nan_ok=True)
     run("study.py", "pictures", "--checkpoint", files[0], "--dataset", f"folder:{folder}", "--out", tmp_path / "s", "--images", "2", "--views", "whole")

@@ -42,8 +42,8 @@ def paint(labels, names):
 
 
 def overlay(image, labels, names, opacity=0.55):
-    """The picture with its labels in colour over it."""
-    return Image.blend(image.convert("RGB"), paint(labels, names), opacity)
+    """The picture in gray with its labels in colour over it."""
+    return Image.blend(image.convert("L").convert("RGB"), paint(labels, names), opacity)
 
 
 def highlight(image, mask):

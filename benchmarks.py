@@ -22,7 +22,7 @@ from data import IMAGE_TYPES, NAMES, DataError, open_dataset, read_image, read_n
 from losses import IGNORE
 
 MASK_TYPES = (".png", ".tif", ".tiff", ".mat")
-STRANGE = IGNORE - 1                                                                       # marks values no mask should hold
+STRANGE = IGNORE - 1                                                                  # marks values no mask should hold
 
 
 # Readers: path of a mask -> its raw values [H,W]. `Files.load` checks what they return.

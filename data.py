@@ -1,16 +1,16 @@
 """Datasets by name, and training samples that depend on nothing but a seed and a draw number.
 
-| name        | below --data-root     | masks                             | label                 | ignored   | train / val     |
-|-------------|-----------------------|-----------------------------------|-----------------------|-----------|-----------------|
-| coco-stuff  | coco-stuff or coco    | 8-bit png, 0..181                 | rank of the 171 used  | 255       | 118,287 / 5,000 |
-| ade20k-150  | ADEChallengeData2016  | 8-bit png, 1..150                 | value - 1             | 0         | 20,210 / 2,000  |
-| ade20k-847  | ADE20K_2021_17_01     | rgb png, id = R // 10 * 256 + G   | line that has this id | other ids | ? / 2,000       |
-| pc-59       | VOCdevkit/VOC2010     | json of run lengths, later on top | rank of the 59 used   | unpainted | 4,998 / 5,104   |
-| pc-459      | VOCdevkit/VOC2010     | mat with LabelMap, 1..459         | value - 1             | 0         | 4,998 / 5,104   |
-| voc-20      | VOCdevkit/VOC2012     | palette png, 1..20                | value - 1             | 0, 255    | 1,464 / 1,449   |
-| voc-20b     | VOCdevkit/VOC2012     | palette png, 0..20                | value - 1, or 20 of 0 | 255       | none / 1,449    |
-| folder:PATH | PATH/{images,masks}   | 8- or 16-bit png or tif           | value                 | 255,65535 |                 |
-| toy, toy:N  | (drawn by toy.py)     |                                   |                       |           | 128 / 240       |
+| name        | below --data-root    | masks                      | label                 | ignored   | train / val     |
+|-------------|----------------------|----------------------------|-----------------------|-----------|-----------------|
+| coco-stuff  | coco-stuff or coco   | 8-bit png, 0..181          | rank of the 171 used  | 255       | 118,287 / 5,000 |
+| ade20k-150  | ADEChallengeData2016 | 8-bit png, 1..150          | value - 1             | 0         | 20,210 / 2,000  |
+| ade20k-847  | ADE20K_2021_17_01    | rgb png, R // 10 * 256 + G | line with that id     | other ids | ? / 2,000       |
+| pc-59       | VOCdevkit/VOC2010    | json of run lengths        | rank of the 59 used   | unpainted | 4,998 / 5,104   |
+| pc-459      | VOCdevkit/VOC2010    | mat with LabelMap, 1..459  | value - 1             | 0         | 4,998 / 5,104   |
+| voc-20      | VOCdevkit/VOC2012    | palette png, 1..20         | value - 1             | 0, 255    | 1,464 / 1,449   |
+| voc-20b     | VOCdevkit/VOC2012    | palette png, 0..20         | value - 1, or 20 of 0 | 255       | none / 1,449    |
+| folder:PATH | PATH itself          | 8- or 16-bit png, tif      | value                 | 255,65535 |                 |
+| toy, toy:N  | (drawn by toy.py)    |                            |                       |           | 128 / 240       |
 
 Names are in classes/NAME.txt, or PATH/classes.txt, one a line. benchmarks.py reads the files; a dataset is added there, as
 a row of SOURCES. Whatever is wrong with the data raises DataError, one sentence that names the path, and
@@ -169,7 +169,7 @@ def colour_jitter(image, strength, rng):
     if flags[2] or flags[3]:
         h, s, v = image.convert("HSV").split()
         s = s.point([int(min(t * saturation, 255)) for t in range(256)]) if flags[2] else s
-        h = h.point([int(t + hue * 256 / 180) % 256 for t in range(256)]) if flags[3] else h   # OpenCV's hue has 180 steps
+        h = h.point([int(t + hue * 256 / 180) % 256 for t in range(256)]) if flags[3] else h  # OpenCV's hue has 180 steps
         image = Image.merge("HSV", (h, s, v)).convert("RGB")
     return stretch(image, contrast, 0) if flags[1] and not flags[4] else image
 

@@ -156,7 +156,7 @@ def evaluate(model, dataset, device, sliding=True, zero_shot=False, rank=0, worl
     model.eval()
     with torch.inference_mode():
         text = model.encode_text(model.tokenize(dataset.names))
-    count = len(dataset.evaluated)                                                         # all names from the last on are one
+    count = len(dataset.evaluated)                                                  # all names from the last on are one
     total = torch.zeros(count, count, dtype=torch.int64, device=device)
     done = 0
     try:

@@ -130,7 +130,7 @@ class TextEncoder(nn.Module):
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]     # [K,n,width]
         for block in self.transformer.resblocks:
             x = run_block(block, x, causal=True)
-        x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]                    # the end token has the highest id
+        x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]               # the end token has the highest id
         return F.normalize(self.ln_final(x) @ self.text_projection, dim=-1)                # [K,D]
 
 
@@ -162,7 +162,7 @@ class SwinBlock(nn.Module):
         y = self.norm1(x)
         q, k = (linear_split(linear, y, guidance) for linear in (self.q, self.k))
         q, k, v = (self.windows(t) for t in (q, k, self.v(y)))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(x))                # [BK,windows*heads,w*w,C/heads]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(x))             # [BK,windows*heads,w*w,C/heads]
         x = x + self.proj(self.unwindows(y, x.shape))
         return x + mlp(*self.mlp, self.norm2(x))
 
@@ -239,7 +239,7 @@ class ClassAggregation(nn.Module):
         q, k = (feature(linear_split(linear, x, guidance)) for linear in (self.q, self.k))
         v = split(self.v(x))
         n_pad = max(MAX_CLASSES - x.shape[1], 0)
-        length = x.shape[1] + n_pad                                                        # v is divided by it lest fp16 overflow
+        length = x.shape[1] + n_pad                                              # v is divided by it lest fp16 overflow
         # CAT-Seg pads the class axis to 256 with one learned token. Padding is the same at every place, so its share in
         # the sums over classes is one outer product, counted as often as it occurs.
         pad = self.norm1(self.padding_token)
@@ -400,7 +400,7 @@ def build(clip, pretrained=None, image_size=384, channels=128):
     foreign = ({"custom_text", "multimodal_cfg"} & sizes.keys()
                | {"timm_model_name", "attentional_pool"} & sizes["vision_cfg"].keys()
                | {"hf_model_name", "hf_tokenizer_name", "no_causal_mask", "pool_type"} & sizes["text_cfg"].keys())
-    if foreign or not isinstance(sizes["vision_cfg"]["layers"], int):                      # several layer counts: a ResNet
+    if foreign or not isinstance(sizes["vision_cfg"]["layers"], int):                   # several layer counts: a ResNet
         raise ValueError(f"--clip {clip}: only CLIP models with a plain ViT and CLIP's own text encoder are supported")
     for flag, value in (("image-size", image_size), ("channels", channels)):
         if not 16 <= value <= 2048:
@@ -459,7 +459,7 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint file")
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:                                             # torch writes uncompressed ones
+        with zipfile.ZipFile(path) as archive:                                          # torch writes uncompressed ones
             if sum(entry.file_size for entry in archive.infolist()) > 2 * Path(path).stat().st_size:
                 raise ValueError(f"{path} unpacks to more than twice its size: it is no checkpoint")
     try:

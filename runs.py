@@ -45,7 +45,7 @@ def one_sentence_for_errors():
         if os.environ.get("RPMD_TRACEBACK"):
             raise
         text = str(e).strip() or type(e).__name__
-        if text.startswith("Caught "):                                                     # in a loader process: its traceback
+        if text.startswith("Caught "):                                              # in a loader process: its traceback
             text = text.splitlines()[-1].removeprefix("data.DataError: ")
         leave(f"error: {text}")
     except RuntimeError as e:
@@ -117,7 +117,7 @@ def loading(path):
     """What goes wrong while a checkpoint's content is taken over becomes a ValueError that names the file."""
     try:
         yield
-    except Exception as e:                                                                 # it may be a stranger's, or damaged
+    except Exception as e:                                                          # it may be a stranger's, or damaged
         sentence = ((str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}").splitlines() or [""])[0][:300]
         raise ValueError(sentence if str(path) in sentence else f"training can't go on from {path} ({sentence})") from e
 

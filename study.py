@@ -233,7 +233,7 @@ def shift(args, device):
         scores = evaluate.summary(confusion, dataset.evaluated, seen)
         rows.append({"checkpoint": name, "step": step, **{key: scores.get(key) for key in SCORES},
                      **shift_statistics(model, original, dataset, f"patches of {name}")})
-        correlate(args, rows, len(dataset), out / "shift.json")                            # after each: it may take hours
+        correlate(args, rows, len(dataset), out / "shift.json")                          # after each: it may take hours
 
     for path in args.checkpoints:
         checkpoint, net, original = read(path, device)

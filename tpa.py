@@ -36,11 +36,11 @@ def pre_align(model, tokens, batches, lr, device, progress=iter):
         loss.backward()
         loss = loss.detach()
         for t in (loss, count, *(p.grad for p in params)) if dist.is_initialized() else ():
-            dist.all_reduce(t)                                                             # sums over processes, then one mean
+            dist.all_reduce(t)                                                      # sums over processes, then one mean
         for p in params:
             p.grad /= count.clamp(min=1)
         optimiser.param_groups[0]["lr"] = lr * (1 - step / steps)
         optimiser.step()
         loss = (loss / count.clamp(min=1)).item()
-    optimiser.zero_grad()                                                                  # joint training starts without leftovers
+    optimiser.zero_grad()                                                      # joint training starts without leftovers
     return loss

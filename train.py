@@ -163,7 +163,7 @@ def step_losses(model, momentum, images, target, tokens, args):
     net = getattr(model, "module", model)
     amp = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     with torch.autocast(images.device.type, amp, enabled=amp is not None):
-        logits, patches, text = model(images, tokens)                                      # [B,K,4H,4W], V [B,L,D], T [K,D]
+        logits, patches, text = model(images, tokens)                                  # [B,K,4H,4W], V [B,L,D], T [K,D]
         momentum_patches = momentum.encode_image(images) if momentum else patches.detach() # V^M [B,L,D]
     logits, patches, text, momentum_patches = (t.float() for t in (logits, patches, text, momentum_patches))
 
@@ -217,7 +217,7 @@ def train(args, rank, world, device):
 
     model = build_model(args, rank, device)
     tokens, val_tokens = model.tokenize(train_set.names), model.tokenize(val_set.names)
-    original = MomentumEncoder(model, alpha=1.0)                                           # a frozen copy, to compare with
+    original = MomentumEncoder(model, alpha=1.0)                                        # a frozen copy, to compare with
     original_weights = {name: p.detach().clone() for name, p in model.named_parameters()
                         if p.requires_grad and not name.startswith("head.")}               # what trains of CLIP
     with torch.no_grad():
@@ -269,7 +269,7 @@ def train(args, rank, world, device):
         settings = [{k: group[k] for k in ("base_lr", "weight_decay")} for group in optimiser.param_groups]
         with runs.loading(last):
             optimiser.load_state_dict(state["optimiser"])
-            for group, now in zip(optimiser.param_groups, settings):                       # changed flags hold from here on
+            for group, now in zip(optimiser.param_groups, settings):                   # changed flags hold from here on
                 group.update(now)
             if state["scaler"] and scaler.is_enabled():
                 scaler.load_state_dict(state["scaler"])
@@ -304,7 +304,7 @@ def train(args, rank, world, device):
 
     def evaluate_at(step):
         if every(args.eval_every, step) and step < args.steps:
-            stop.at_once = True                                                            # it may take minutes, and can be repeated
+            stop.at_once = True                                               # it may take minutes, and can be repeated
             record(step=step, **score()[0], **measure(model, momentum))
             stop.at_once = False
             if rank == 0:
@@ -322,7 +322,7 @@ def train(args, rank, world, device):
         for part in range(args.accumulate):
             images, target, files = next(parts)
             images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
-            apart = world > 1 and part < args.accumulate - 1                               # gradients meet at the last part
+            apart = world > 1 and part < args.accumulate - 1                           # gradients meet at the last part
             with ddp.no_sync() if apart else contextlib.nullcontext():
                 loss, sums = step_losses(ddp, momentum, images, target, tokens, args)
                 scaler.scale(loss / args.accumulate).backward()

@@ -26,7 +26,7 @@ def colours(names):
         candidates = 255 * np.array([colorsys.hsv_to_rgb(h / 256, 0.4 + 0.6 * s / 255, 0.5 + 0.5 * v / 255)
                                      for h, s, v in zip(digest[::3], digest[1::3], digest[2::3])])       # [10,3]
         taken = np.array([VOID, *chosen.values()], float)                                                # [n,3]
-        red = (candidates[:, None, 0] + taken[:, 0]) / 512                                               # "redmean" distance
+        red = (candidates[:, None, 0] + taken[:, 0]) / 512                                          # "redmean" distance
         weights = np.stack([2 + red, np.full_like(red, 4), 3 - red], -1)
         apart = ((weights * (candidates[:, None] - taken) ** 2).sum(-1) ** 0.5).min(1)                   # [10]
         best = candidates[np.argmax(apart > 140) if (apart > 140).any() else apart.argmax()]

@@ -194,6 +194,17 @@ def test_one_of_two_processes_fails(folder, tmp_path, fate, seconds, words):
     assert step_of(tmp_path / "o/last.pt") >= 2
 
 
+def test_processes_that_find_different_checkpoints_are_told_to_share_a_folder(go, folder, tmp_path):
+    """Two nodes, each with a disk of its own: one would go on, the other begin."""
+    assert go("--steps", "1", out="o0")[0] == 0
+    script = tmp_path / "script.py"
+    script.write_text(f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import train\n"
+                      "sys.argv[sys.argv.index('--out') + 1] += os.environ['RANK']\ntrain.main()")
+    done = run(script, "--dataset", f"folder:{folder}", "--out", tmp_path / "o", *FAST, "--timeout", "0.1", processes=2,
+               check=False, timeout=150)
+    assert done.returncode and "should be one folder for all nodes" in done.stderr, done.stderr
+
+
 def test_a_run_of_one_process_goes_on_with_two(go, folder, tmp_path, monkeypatch):
     update, calls = train.MomentumEncoder.update, []
 

@@ -70,10 +70,11 @@ def merge(scores, canvas):
 
 
 @torch.inference_mode()
-def class_scores(model, image, text, sliding=True, zero_shot=False, chunk=16):
+def class_scores(model, image, text, sliding=True, zero_shot=False, size=None, chunk=16):
     """Yields (first class, probabilities [1,c,H,W]) for successive chunks of the classes text [K,D].
 
-    H, W are the image's. In chunks, because a photograph with many classes has gigabytes of scores. Probabilities are sigmoids of the head's
+    H, W: `size`, the image's own by default.
+    In chunks, because a photograph with many classes has gigabytes of scores. Probabilities are sigmoids of the head's
     logits; with zero_shot, CLIP's own cosines of patch and text.
     """
     x, canvas = views(image, model.image_size, sliding)
@@ -84,7 +85,7 @@ def class_scores(model, image, text, sliding=True, zero_shot=False, chunk=16):
     for first in range(0, len(text), chunk):
         scores = resize(torch.cat([l[:, first:first + chunk] for l in logits]).float(), x.shape[2:])
         scores = scores if zero_shot else scores.sigmoid()
-        yield first, resize(merge(scores, canvas), image.size[::-1])
+        yield first, resize(merge(scores, canvas), size or image.size[::-1])
 
 
 def label_map(model, image, text, **options):

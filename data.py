@@ -10,7 +10,7 @@
 | voc-20      | VOCdevkit/VOC2012    | palette png, 1..20         | value - 1             | 0, 255    | 1,464 / 1,449   |
 | voc-20b     | VOCdevkit/VOC2012    | palette png, 0..20         | value - 1, or 20 of 0 | 255       | none / 1,449    |
 | folder:PATH | PATH itself          | 8- or 16-bit png, tif      | value                 | 255,65535 |                 |
-| toy, toy:N  | (drawn by toy.py)    |                            |                       |           | 128 / 240       |
+| toy, toy:N  | (drawn by toy.py)    |                            |                       |           | 32 / 160        |
 
 Names are in classes/NAME.txt, or PATH/classes.txt, one a line. benchmarks.py reads the files; a dataset is added there, as
 a row of SOURCES. Whatever is wrong with the data raises DataError, one sentence that names the path, and
@@ -63,12 +63,13 @@ def upright_rgb(image):
     return image.convert("RGB")
 
 
-def open_dataset(name, root, split, classes=None):
+def open_dataset(name, root, split, classes=None, unseen=None):
     """A dataset by name (see the table above); root is the folder that holds them all. Raises DataError.
 
     It has `len()`, `names` (its vocabulary), `evaluated` (the classes that are scored: the names, except in voc-20b),
     `source` (in words, what is read) and `load(i) -> (PIL RGB image, int64 labels [H,W] with IGNORE, path)`.
-    classes: other names, as many as the dataset has: a list, a file, or comma-separated text.
+    classes: other names, as many as the dataset has: a list, a file, or comma-separated text. unseen: names to hold out
+    (`SeenOnly`), given likewise.
     """
     if split not in ("train", "val"):
         raise DataError(f"--split {split}: the splits are train and val")
@@ -86,12 +87,38 @@ def open_dataset(name, root, split, classes=None):
         if len(names) != len(dataset.names) and not (name == "voc-20b" and len(names) > 20):
             raise DataError(f"--classes has {len(names)} names, and {name} needs {len(dataset.names)}")
         dataset.names = names
-    return dataset
+    return SeenOnly(dataset, read_names(unseen, "--unseen")) if unseen else dataset
 
 
-def read_names(classes):
+class SeenOnly:
+    """A dataset with some of its names held out: the vocabulary lacks them, and their pixels carry no label."""
+
+    def __init__(self, dataset, unseen):
+        strange = [name for name in unseen if name not in dataset.names]
+        if strange:
+            raise DataError(f"--unseen {strange[0]}: the dataset has no such name, but {', '.join(dataset.names)[:300]}")
+        seen = [i for i, name in enumerate(dataset.names) if name not in unseen]
+        if not seen:
+            raise DataError("--unseen holds out every name of the dataset: nothing is left to train on")
+        self.dataset, self.source, self.names = dataset, dataset.source, [dataset.names[i] for i in seen]
+        self.rank = np.full(len(dataset.names) + 1, IGNORE)                                # the last is for IGNORE, -1
+        self.rank[seen] = range(len(seen))
+
+    @property
+    def evaluated(self):
+        return self.names
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def load(self, i):
+        image, labels, path = self.dataset.load(i)
+        return image, self.rank[labels], path
+
+
+def read_names(classes, flag="--classes"):
     """Class names: a list of them, a file (one a line, what follows a tab if there is one), or comma-separated text."""
-    where, names = "--classes", classes
+    where, names = flag, classes
     if isinstance(classes, Path) or isinstance(classes, str) and (os.path.isfile(classes) or classes.endswith(".txt")):
         with reading(classes, "class names, one a line"):
             if os.path.getsize(classes) > 1e7:

@@ -2,6 +2,7 @@
 
     python study.py pictures --checkpoint out/last.pt --dataset toy          Figure 1 made of one's own data
     python study.py shift --checkpoints out/step-*.pt plain/last.pt --dataset toy
+    python study.py ablate --seeds 8         train every part of the method, many times; also curve, spread, sweep: see ablate.py
 
 `shift` compares checkpoints: a run's snapshots (train.py --snapshot-every), or runs with different --adapt and --distill.
 Checkpoints hold what of the original CLIP has trained since, so nothing else is needed. Written to --out: pictures.png;
@@ -10,6 +11,7 @@ shift.json and shift.png.
 import argparse
 import copy
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -138,18 +140,19 @@ class Spread:
         self.counts.index_add_(0, classes, torch.ones_like(classes, dtype=torch.float64))
 
     def result(self):
-        """(variance, separation); separation is NaN for fewer than two classes."""
+        """(variance, separation); separation is None for fewer than two classes."""
         there = self.counts > 0
         means = self.sums[there] / self.counts[there, None]
         cosines, n = F.normalize(means, dim=-1) @ F.normalize(means, dim=-1).T, len(means)
-        separation = 1 - (cosines.sum() - cosines.diagonal().sum()) / (n * (n - 1)) if n > 1 else torch.tensor(float("nan"))
-        return (1 - means.norm(dim=-1)).mean().item(), separation.item()
+        separation = 1 - (cosines.sum() - cosines.diagonal().sum()) / (n * (n - 1)) if n > 1 else None
+        return (1 - means.norm(dim=-1)).mean().item(), None if separation is None else separation.item()
 
 
 @torch.no_grad()
-def shift_statistics(model, original, dataset, desc="patches"):
+def shift_statistics(model, original, first_text, dataset, desc="patches"):
     """The paper's quantities for one model against the original CLIP, over a dataset's images, each squeezed to one view.
 
+    original: a MomentumEncoder of the original CLIP; first_text: that CLIP's T, of the dataset's names [K,D].
     Reference patches: those that the original CLIP names rightly, Eq. (1). Noisy patches ("globally contaminated"): those
     that it gives to the image's dominant class, the one with the most patches, though they belong to another.
     Returns a dict of numbers: shift_reference, shift_noisy, shift_text: 1 - cos to the original CLIP's features, averaged
@@ -158,7 +161,7 @@ def shift_statistics(model, original, dataset, desc="patches"):
     variance and separation of patches and of texts, as `Spread` has them; a name's texts are its PROMPTS.
     """
     tokens, K, classes = model.tokenize(dataset.names), len(dataset.names), len(dataset.evaluated)
-    device, text, first_text = tokens.device, model.encode_text(tokens), original.encode_text(tokens)
+    device, text = tokens.device, model.encode_text(tokens)
     sums, spread = torch.zeros(7, dtype=torch.float64, device=device), Spread(K, text.shape[1], device)
     for i in tqdm(range(len(dataset)), desc, leave=False):
         image, labels, _ = dataset.load(i)
@@ -166,7 +169,7 @@ def shift_statistics(model, original, dataset, desc="patches"):
         known = (labels != IGNORE)[0]
         if not known.any():
             continue
-        patches, first = (m.encode_image(view)[0][0][known] for m in (model, original))
+        patches, first = model.encode_image(view)[0][0][known], original.encode_image(view)[0][known]
         labels = labels[0][known]
         dominant = labels.bincount(minlength=K).argmax()
         guess, first_guess = nearest_class(patches, text, classes), nearest_class(first, first_text, classes)
@@ -223,16 +226,17 @@ def pictures(args, device):
     print(f"written to {path}")
 
 
+@torch.no_grad()
 def shift(args, device):
     dataset = Part(data.open_dataset(args.dataset, args.data_root, args.split, args.classes), args.images)
     rows, out = [], Path(args.out)
 
     def row(name, step, model, original, seen):
-        zero_shot = model is original
+        zero_shot, first_text = model is original, original.encode_text(original.tokenize(dataset.names))
         confusion = evaluate.evaluate(model, dataset, device, args.sliding, zero_shot, desc=f"mIoU of {name}")
         scores = evaluate.summary(confusion, dataset.evaluated, seen)
         rows.append({"checkpoint": name, "step": step, **{key: scores.get(key) for key in SCORES},
-                     **shift_statistics(model, original, dataset, f"patches of {name}")})
+                     **shift_statistics(model, MomentumEncoder(original, 1.0), first_text, dataset, f"patches of {name}")})
         correlate(args, rows, len(dataset), out / "shift.json")                          # after each: it may take hours
 
     for path in args.checkpoints:
@@ -263,9 +267,14 @@ def correlate(args, rows, images, path):
     return found, target
 
 
+def compare(args, device):
+    import ablate  # which trains, and so needs all the rest
+    ablate.VERBS[args.verb](args)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = p.add_subparsers(required=True)
+    verbs = p.add_subparsers(required=True, dest="verb")
     draw = verbs.add_parser("pictures", help="draw what the encoders see")
     draw.add_argument("--checkpoint", required=True, help="of train.py")
     measure = verbs.add_parser("shift", help="measure what fine-tuning moved")
@@ -279,9 +288,28 @@ def main():
         verb.add_argument("--images", type=int, default=0, help="how many, evenly spread (default 6 to draw, all to measure)")
         verb.add_argument("--views", choices=("sliding", "whole"), help="for the head's labels (default: one view for toy)")
         verb.add_argument("--out", default="out/study", help="folder for the results (default out/study)")
-    args = p.parse_args()
-    args.sliding = evaluate.is_sliding(args.views, args.dataset)
+    for verb, text in (("ablate", "train each part of the method over many seeds"), ("curve", "train over CLIP's learning rates"),
+                       ("spread", "train to see what a seed changes"), ("sweep", "train what the tiny recipe was chosen from")):
+        many = verbs.add_parser(verb, help=text, allow_abbrev=False, description=f"{text}, several runs side by side with one thread "
+                                "each. Writes VERB.md, VERB.json and VERB.png to --out. The same command goes on where it stopped. Flags of "
+                                "train.py are passed on to every run.")
+        many.set_defaults(run=compare)
+        many.add_argument("--seeds", type=int, default=3 if verb == "sweep" else 5, help="how many (default %(default)s)")
+        many.add_argument("--first-seed", type=int, default=101 if verb == "sweep" else 1, help="the first of them (default %(default)s)")
+        many.add_argument("--dataset", default="toy", help="toy (default), or folder:PATH for ablate and curve")
+        many.add_argument("--unseen", nargs="+", help="of pictures, the names to hold out: comma-separated, a list for each split")
+        if verb == "ablate":
+            many.add_argument("--rows", nargs="+", help="only rows with these words in their name, and plain fine-tuning")
+        many.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else os.cpu_count(),
+                          help="runs side by side (default: one on a GPU, else as many as there are cores)")
+        many.add_argument("--out", default="out/ablate", help="folder for the runs and results (default out/ablate)")
+    args, further = p.parse_known_args()
+    if args.run is not compare and further:
+        p.error(f"unrecognized arguments: {' '.join(further)}")
+    args.further = further
     with runs.one_sentence_for_errors():
+        if args.run is not compare:
+            args.sliding = evaluate.is_sliding(args.views, args.dataset)
         Path(args.out).mkdir(parents=True, exist_ok=True)
         args.run(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 

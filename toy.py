@@ -7,6 +7,7 @@ training; the other 40 are only ever seen by CLIP, which knows which names an im
 
 `toy` is world 0, `toy:3` world 3: another split of the names, other scenes, another CLIP.
 """
+import functools
 import hashlib
 import math
 import os
@@ -20,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import model as segmenter
+from losses import IGNORE
 
 SIZE = 64
 COLOURS = {"red": (220, 40, 40), "orange": (250, 140, 20), "yellow": (240, 225, 50), "green": (40, 170, 60),
@@ -28,7 +30,7 @@ PATTERNS = ("plain", "banded", "striped", "checkered", "dotted", "diagonal")
 BACKGROUNDS = {"grass": (95, 135, 75), "sand": (200, 180, 140), "water": (95, 130, 160), "brick": (150, 105, 90)}
 OBJECTS = [f"{pattern} {colour}" for colour in COLOURS for pattern in PATTERNS]
 NAMES = OBJECTS + list(BACKGROUNDS)          # 48 objects, then 4 backgrounds: the index is the label
-SPLIT_SIZES = {"train": 128, "val": 240}
+SPLIT_SIZES = {"train": 32, "val": 160}
 
 
 def seen_objects(seed):
@@ -131,6 +133,31 @@ def scene(rng):
     return draw(rng, rng.integers(4), rng.integers(48, size=n), rng.uniform(14, 22, n))
 
 
+def crop_views(dataset):
+    """The two kinds of views that `pretrain` takes, of a dataset's pictures: square crops, whose names are those that lie
+    at some of 6 x 6 points of the crop."""
+    @functools.lru_cache(256)
+    def load(i):                                                                           # shrunk: all of it stays in memory
+        image, labels, _ = dataset.load(i)
+        width, height = (max(1, round(side * min(1, 430 / min(image.size)))) for side in image.size)
+        rows, columns = ((np.arange(n) + 0.5) * old / n for n, old in ((height, image.height), (width, image.width)))
+        return image.resize((width, height)), labels[rows.astype(int)[:, None], columns.astype(int)].astype(np.int32)
+
+    def crop(rng, side, smallest):
+        for _ in range(100):
+            image, labels = load(int(rng.integers(len(dataset))))
+            size = rng.uniform(smallest, 1) * min(image.size)
+            left, top = rng.uniform(0, image.width - size), rng.uniform(0, image.height - size)
+            points = (np.arange(6) + 0.5) * size / 6
+            here = labels[(top + points).astype(int)[:, None], (left + points).astype(int)]
+            if (here != IGNORE).any():
+                box = (left, top, left + size, top + size)
+                return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box)), here
+        raise ValueError(f"--pretrained crops: a hundred crops of {dataset.source} show nothing that has a label")
+
+    return lambda rng: crop(rng, SIZE // 2, 0.15), lambda rng: crop(rng, SIZE, 0.5)
+
+
 def pooled_features(visual, images, offset):
     """open_clip's image embedding for views smaller than the model's: tokens take a window of the position grid."""
     x = visual.conv1(images)                                                               # [B,width,h,w]
@@ -151,12 +178,15 @@ def contrastive_loss(images, texts, present, scale):
     return (to_text + to_image) / 2
 
 
-def pretrain(seed, steps=(220, 80), batches=(192, 96), lr=1e-3, progress=True):
-    """The state dict of a tiny CLIP (open_clip's own names), pre-trained for world `seed`. Deterministic per seed."""
+def pretrain(seed, names=NAMES, views=(closeup, scene), steps=(220, 80), batches=(192, 96), lr=1e-3, progress=True):
+    """The state dict of a tiny CLIP (open_clip's own names), pre-trained for world `seed`. Deterministic per seed.
+
+    views: two functions of a random generator that draw a picture, first of 32 x 32 and then of 64 x 64 pixels, and labels.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         clip = open_clip.model.CLIP(**segmenter.TINY)
-    tokens = segmenter.tokenize(NAMES, clip.context_length)
+    tokens = segmenter.tokenize(names, clip.context_length)
     tokens = F.pad(tokens, (0, clip.context_length - tokens.shape[1]))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
     optimiser = torch.optim.AdamW(clip.parameters(), lr, weight_decay=0.05)
@@ -164,9 +194,9 @@ def pretrain(seed, steps=(220, 80), batches=(192, 96), lr=1e-3, progress=True):
     rng = np.random.default_rng((seed, 3))
     bar = tqdm(range(sum(steps)), "pre-training the tiny CLIP", disable=not progress)
     for step in bar:
-        make, n = (closeup, batches[0]) if step < steps[0] else (scene, batches[1])
+        make, n = (views[0], batches[0]) if step < steps[0] else (views[1], batches[1])
         images, labels = zip(*(make(rng) for _ in range(n)))
-        present = torch.stack([torch.from_numpy(np.bincount(l.ravel(), minlength=len(NAMES)) > 0) for l in labels])
+        present = torch.stack([torch.from_numpy(np.bincount(l[l != IGNORE], minlength=len(names)) > 0) for l in labels])
         images = (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255 - mean) / std
         room = (SIZE - images.shape[-1]) // clip.visual.patch_size[0]
         offset = rng.integers(room + 1, size=2)
@@ -188,13 +218,16 @@ def cache_folder():
     return Path(os.environ.get("RPMD_CACHE", default))
 
 
-def clip_checkpoint(seed, progress=True):
-    """Path of the tiny CLIP of world `seed`, pre-trained first if need be. An edited toy.py gets a new one."""
-    recipe = hashlib.sha256(Path(__file__).read_bytes() + repr(segmenter.TINY).encode()).hexdigest()[:12]
-    path = cache_folder() / f"toy-clip-{seed}-{recipe}.pt"
+def clip_checkpoint(seed, dataset=None, progress=True):
+    """Path of the tiny CLIP of world `seed`, or of crops of a dataset's pictures and the names of what they hold; pre-trained
+    first if need be. An edited toy.py gets a new one."""
+    names, views, kind = (NAMES, (closeup, scene), "toy") if dataset is None else (dataset.names, crop_views(dataset), "crops")
+    about = [segmenter.TINY] if dataset is None else [segmenter.TINY, dataset.source, len(dataset), dataset.names]
+    recipe = hashlib.sha256(Path(__file__).read_bytes() + "".join(map(repr, about)).encode()).hexdigest()[:12]
+    path = cache_folder() / f"{kind}-clip-{seed}-{recipe}.pt"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        state = pretrain(seed, progress=progress)
+        state = pretrain(seed, names, views, progress=progress)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         torch.save(state, temporary)
         temporary.replace(path)

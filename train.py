@@ -39,14 +39,15 @@ from losses import (IGNORE, class_prototypes, class_reference_masks, contrast_ma
 # flag: (default with a real CLIP, default with --clip tiny, help). CAT-Seg's values are marked; the paper states none of
 # its own, so the rest are ours.
 RECIPE = {
-    "steps": (80_000, 300, "optimiser steps of joint training (CAT-Seg's)"),
-    "batch-size": (4, 16, "images per step, over all processes; one for each process if these are more (CAT-Seg's)"),
-    "lr": (2e-4, 5e-3, "learning rate of the head (CAT-Seg's)"),
-    "clip-lr-factor": (0.01, 0.03, "learning rate of CLIP's q and v, as a part of --lr (CAT-Seg's)"),
+    "steps": (80_000, 160, "optimiser steps of joint training (CAT-Seg's)"),
+    "batch-size": (4, 8, "images per step, over all processes; one for each process if these are more (CAT-Seg's)"),
+    "lr": (2e-4, 2.5e-3, "learning rate of the head (CAT-Seg's)"),
+    "clip-lr-factor": (0.01, 0.2, "learning rate of CLIP's q and v, as a part of --lr (CAT-Seg's)"),
     "weight-decay": (1e-4, 1e-4, "of AdamW, 0 on norms (CAT-Seg's)"),
     "clip-grad": (0.01, 0.1, "largest norm of the gradient (CAT-Seg's)"),
     "image-size": (384, 64, "side of the training crops (CAT-Seg's)"),
     "channels": (128, 32, "width of the head (CAT-Seg's)"),
+    "prior": (0.0, 0.08, "probability of a class at a pixel that the head starts from, 0 = as its weights fall (CAT-Seg's)"),
     "jitter": (1.0, 0.2, "strength of the colour jitter, 1 is SSD's (CAT-Seg's; weak where colours have names)"),
     "lambda-spd": (1.0, 0.1, "weight of SPD, Eq. (6) (ours)"),
     "lambda-cpa": (1.0, 0.1, "weight of CPA, Eq. (6) (ours)"),
@@ -60,18 +61,20 @@ RECIPE = {
     "save-every": (1000, 100, "steps between checkpoints"),
     "snapshot-every": (0, 0, "steps between files of weights alone, step-N.pt, for study.py; 0 = none"),
 }
-FIXED = ("dataset", "classes", "clip", "pretrained", "init_cat_seg", "image_size", "channels", "adapt", "distill", "batch_size",
-         "seed")  # what cannot change on resume
+FIXED = ("dataset", "classes", "unseen", "clip", "pretrained", "init_cat_seg", "image_size", "channels", "adapt", "distill",
+         "batch_size", "seed")  # what cannot change on resume
 
 
-def parse():
+def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", default="toy", help=f"{', '.join(data.NAMES)} (default toy)")
     p.add_argument("--classes", help="other names for the dataset's classes: a file, or comma-separated")
+    p.add_argument("--unseen", help="names to hold out of segmentation training, to be scored apart: a file, or comma-separated")
     p.add_argument("--data-root", help="the folder that holds the datasets")
     p.add_argument("--out", default="out", help="where everything is written (default out)")
     p.add_argument("--clip", help="tiny, or an open_clip ViT (default: tiny for toy, else ViT-B-16-quickgelu)")
-    p.add_argument("--pretrained", help="open_clip tag, checkpoint file, toy, or none "
+    p.add_argument("--pretrained", help="open_clip tag, checkpoint file, toy, crops (a tiny CLIP, pre-trained on crops of the "
+                                        "training images and the names of what they hold), or none "
                                         "(default: openai; toy for the toy world, none for another dataset with tiny)")
     p.add_argument("--adapt", default="both", choices=("both", "visual", "text", "none"), help="what of CLIP trains")
     p.add_argument("--init-cat-seg", metavar="FILE", help="start from a checkpoint of CAT-Seg, whose CLIP is the original then")
@@ -91,7 +94,7 @@ def parse():
     p.add_argument("--seed", type=int, default=0, help="of the head's first weights, of images' order and augmentation")
     p.add_argument("--timeout", type=float, default=30, help="minutes that a process waits for the others (default 30)")
     p.add_argument("--restart", action="store_true", help="ignore a checkpoint in --out and train anew")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     args.clip = args.clip or ("tiny" if args.dataset.startswith("toy") else "ViT-B-16-quickgelu")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size is None:
@@ -115,18 +118,22 @@ def parse():
 def build_model(args, rank, device):
     """The segmenter at its start, with the CLIP that --pretrained names. Process 0 pre-trains the toy world's if need be."""
     pretrained = None if args.pretrained == "none" else args.pretrained
-    if pretrained == "toy":
-        world_seed = int(args.dataset.partition(":")[2] or 0) if args.dataset.startswith("toy") else 0
+    if pretrained in ("toy", "crops"):
+        seed, pictures = int(args.dataset.partition(":")[2] or 0) if args.dataset.startswith("toy") else 0, None
+        if pretrained == "crops":
+            seed, pictures = args.seed, data.open_dataset(args.dataset, args.data_root, "train", args.classes)
         if rank == 0:
-            toy.clip_checkpoint(world_seed)
+            toy.clip_checkpoint(seed, pictures)
         if dist.is_initialized():
             dist.barrier()
-        pretrained = str(toy.clip_checkpoint(world_seed))
+        pretrained = str(toy.clip_checkpoint(seed, pictures))
     torch.manual_seed(args.seed)                                                           # the head's initial weights
     model = segmenter.build(args.clip, pretrained, args.image_size, args.channels)
     if args.init_cat_seg:
         segmenter.load_state(model, segmenter.read_checkpoint(args.init_cat_seg)["model"], args.init_cat_seg)
     model.set_trained(args.adapt)
+    if args.prior:
+        nn.init.constant_(model.head.logit.bias, math.log(args.prior / (1 - args.prior)))
     model.head.recompute = args.recompute_head
     return model.to(device)
 
@@ -205,8 +212,8 @@ def train(args, rank, world, device):
     runs.check_folder(out, 0)
 
     # data and model
-    train_set, val_set = (data.open_dataset(args.dataset, args.data_root, split, args.classes)
-                          for split in ("train", "val"))
+    train_set, val_set = (data.open_dataset(args.dataset, args.data_root, split, args.classes, unseen)
+                          for split, unseen in (("train", args.unseen), ("val", None)))
     for split, part in (("training", train_set), ("validation", val_set)):
         say(f"{args.dataset}: {len(part)} {split} images of {len(part.names)} classes, from {part.source}")
     crops = data.TrainingCrops(train_set, args.image_size, args.seed, args.jitter)
@@ -367,7 +374,8 @@ def train(args, rank, world, device):
     end = measure(model, momentum)
     record(step=args.steps, **scores, **end)
     if rank == 0:
-        results = dict(args=vars(args), **facts, trained=scores, end=end, classes=classes)
+        shift = study.shift_statistics(model, original, original_text, study.Part(val_set, 100))
+        results = dict(args=vars(args), **facts, trained=scores, end=end, shift=shift, classes=classes)
         with runs.writing(out / "results.json") as path:
             path.write_text(json.dumps(results, indent=1))
         say(report(results))

@@ -155,6 +155,46 @@ def save_plot(path, panels):
     figure.savefig(path, dpi=110)
 
 
+def differences(path, panels):
+    """Paired differences to plain fine-tuning: a dot for every seed, their mean and its 95 % interval. panels: {score: {row:
+    what ablate.interval gives}}."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(3 + 3.4 * len(panels), 1 + 0.36 * len(next(iter(panels.values())))), layout="constrained")
+    for ax, (score, rows) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
+        for y, value in enumerate(rows.values()):
+            ax.plot(value["each"], [y] * value["n"], "o", color="tab:gray", ms=4, alpha=0.5)
+            if value["low"] is not None:
+                ax.plot([value["low"], value["high"]], [y, y], "-", color="tab:blue", lw=2)
+            ax.plot([value["mean"]], [y], "D", color="tab:blue", ms=5)
+        ax.axvline(0, color="black", lw=0.8)
+        ax.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel=f"mIoU on {score} classes, minus plain fine-tuning's")
+        ax.grid(alpha=0.3, axis="x")
+    ax.invert_yaxis()                                                                      # of both: they share it
+    figure.savefig(path, dpi=110)
+
+
+def trade_off(path, methods, start):
+    """Seen against unseen mIoU: a curve for each method, {name: [(rate, row of ablate.summarise)]}, with bars of one standard
+    error over seeds, and the CLIP they start from."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 4.6), layout="constrained")
+    ax = figure.subplots()
+    error = lambda row, key: (row[key]["sd"] or 0) / len(row["seeds"]) ** 0.5
+    for (name, rows), style in zip(methods.items(), ("o-", "s--", "D-", "^-")):
+        x, y = ([row[key]["mean"] for _, row in rows] for key in ("seen", "unseen"))
+        bars = ([error(row, key) for _, row in rows] for key in ("unseen", "seen"))
+        ax.errorbar(x, y, *bars, fmt=style, label=name, lw=1.4, ms=5, elinewidth=0.7)
+        for (rate, _), a, b in zip(rows, x, y):
+            ax.annotate(rate, (a, b), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    ax.plot([start["seen"]["mean"]], [start["unseen"]["mean"]], "k*", ms=10, label="CLIP, zero-shot")
+    ax.set(xlabel="mIoU on seen classes, %", ylabel="mIoU on unseen classes, %",
+           title="by learning rate of CLIP, as a part of the head's;\nbars: one standard error over seeds")
+    ax.title.set_fontsize(9)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def curves(log, path):
     """Draw a run's log.jsonl: losses, share of reference patches, and mIoU against steps."""
     lines = [json.loads(line) for line in Path(log).read_text().splitlines()]

@@ -12,6 +12,7 @@ import evaluate
 import model as segmenter
 import study
 from conftest import run
+from ema import MomentumEncoder
 from losses import IGNORE
 
 
@@ -29,6 +30,12 @@ def moved(model, by=0.3):
 
 def cosine(a, b):
     return float(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def statistics(model, original, dataset):
+    with torch.no_grad():
+        text = original.encode_text(original.tokenize(dataset.names))
+    return study.shift_statistics(model, MomentumEncoder(original, 1.0), text, dataset)
 
 
 def test_spread_equals_loops():
@@ -55,7 +62,7 @@ def test_pearson():
 def test_shift_statistics_equal_loops(tiny, folder):
     tiny.eval()
     target, dataset = moved(tiny), data.open_dataset(f"folder:{folder}", None, "train")
-    got = study.shift_statistics(target, tiny, dataset)
+    got = statistics(target, tiny, dataset)
     with torch.no_grad():
         tokens = tiny.tokenize(dataset.names)
         text, first_text = target.encode_text(tokens).numpy(), tiny.encode_text(tokens).numpy()
@@ -86,7 +93,7 @@ def test_shift_statistics_equal_loops(tiny, folder):
     assert got["shift_text"] == pytest.approx(np.mean([1 - cosine(a, b) for a, b in zip(text, first_text)]), rel=1e-3)
     assert got["contamination"] == pytest.approx(counts["contaminated"] / counts["wrong"])
     assert got["right_share"] == pytest.approx(counts["right"] / (counts["right"] + counts["wrong"]))
-    still = study.shift_statistics(tiny, tiny, dataset)
+    still = statistics(tiny, tiny, dataset)
     assert abs(still["shift_reference"]) < 1e-6 and abs(still["shift_text"]) < 1e-6
     assert still["text_variance"] > 0.001 and got["patch_separation"] != still["patch_separation"]
 

@@ -63,7 +63,7 @@ def test_pretraining_repeats_itself():
 
 def test_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RPMD_CACHE", str(tmp_path / "a" / "b"))
-    monkeypatch.setattr(toy, "pretrain", lambda seed, progress: {"seed": torch.tensor(seed)})
+    monkeypatch.setattr(toy, "pretrain", lambda seed, names, views, progress: {"seed": torch.tensor(seed)})
     path = toy.clip_checkpoint(3)
     assert torch.load(path, weights_only=True)["seed"] == 3 and path.parent == tmp_path / "a" / "b"
     monkeypatch.setattr(toy, "pretrain", None)                                             # found, not trained again

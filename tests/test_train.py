@@ -156,7 +156,7 @@ def test_changed_flags(go, capsys):
                          (["--channels", "32"], "--channels 32 does not go"), (["--distill", "frozen"], "--distill frozen does not go")):
         with pytest.raises(ValueError, match=words):
             go("a", *flags)
-    changed = go("a", "--steps", "4", "--tau", "0.5", "--alpha", "0.5", "--lr", "1e-3", "--weight-decay", "0.25")
+    changed = go("a", "--steps", "4", "--tau", "0.5", "--alpha", "0.5", "--lr", "1e-3", "--weight-decay", "0.25", "--clip-lr-factor", "0.03")
     assert changed["step"] == 4 and changed["momentum"]["alpha"] == 0.5
     assert [(g["base_lr"], g["weight_decay"]) for g in changed["optimiser"]["param_groups"]] == [(1e-3, 0.25), (1e-3, 0), (pytest.approx(3e-5), 0.25)]
     out = capsys.readouterr().out

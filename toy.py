@@ -222,7 +222,8 @@ def clip_checkpoint(seed, dataset=None, progress=True):
     """Path of the tiny CLIP of world `seed`, or of crops of a dataset's pictures and the names of what they hold; pre-trained
     first if need be. An edited toy.py gets a new one."""
     names, views, kind = (NAMES, (closeup, scene), "toy") if dataset is None else (dataset.names, crop_views(dataset), "crops")
-    about = [segmenter.TINY] if dataset is None else [segmenter.TINY, dataset.source, len(dataset), dataset.names]
+    about = [segmenter.TINY] if dataset is None else \
+        [segmenter.TINY, str(Path(dataset.load(0)[2]).resolve()), len(dataset), dataset.names]
     recipe = hashlib.sha256(Path(__file__).read_bytes() + "".join(map(repr, about)).encode()).hexdigest()[:12]
     path = cache_folder() / f"{kind}-clip-{seed}-{recipe}.pt"
     if not path.is_file():

@@ -48,7 +48,7 @@ def test_a_run(go, tmp_path):
     for l in steps:
         assert l["total_loss"] == pytest.approx(l["segmentation_loss"] + 0.1 * l["spd_loss"] + 0.1 * l["cpa_loss"], rel=1e-5)
         assert {"reference_share", "contrast_patches", "lr", "lr_clip", "grad_norm", "seconds", "memory_gb"} <= l.keys()
-        assert l["lr"] == pytest.approx(5e-3 * 0.5 * (1 + math.cos(math.pi * (l["step"] - 1) / 6)))
+        assert l["lr"] == pytest.approx(2.5e-3 * 0.5 * (1 + math.cos(math.pi * (l["step"] - 1) / 6)))
     assert steps[-1]["segmentation_loss"] < steps[0]["segmentation_loss"] and steps[-1]["spd_loss"] > 0
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     assert 0 <= results["zero_shot"]["mIoU_union"] <= 100 and results["trained"]["mIoU_union"] == lines[-1]["mIoU_union"]

@@ -1,5 +1,6 @@
 """The README: its map points at what it names, its commands parse, its Python runs."""
 import re
+import shlex
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_every_file_that_is_named_exists():
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"(?:python|torchrun \S+) train\.py([^`\n]*)", TEXT)) - {" --help"}))
 def test_training_commands_parse(command, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py", *command.replace("...", "").split("#")[0].split()])
+    monkeypatch.setattr("sys.argv", ["train.py", *shlex.split(command.replace("...", "").split("#")[0])])
     args = train.parse()
     assert args.clip == ("tiny" if args.dataset == "toy" else "ViT-B-16-quickgelu")
     if args.init_cat_seg:

@@ -52,13 +52,13 @@ PLAIN, RPMD = "plain fine-tuning", "RPMD: + SPD + CPA + TPA"
 METHODS = (PLAIN, "RPMD, frozen teacher", RPMD)                                            # of the curve
 RATES = ("0.03", "0.1", "0.2", "0.5", "1")                                                 # of CLIP, as a part of the head's
 RATE = "--clip-lr-factor 1"                                                                # of the table: plain overfits
-SWEEP = {f"plain fine-tuning, {rate}": f"--distill none --tpa-steps 0 --clip-lr-factor {rate}" for rate in RATES}
-SWEEP |= {f"without TPA, {rate}": f"--distill rpmd --tpa-steps 0 --clip-lr-factor {rate}" for rate in RATES}
-SWEEP |= {f"{PLAIN}, 0.1, {flags[2:]}": f"--distill none --tpa-steps 0 --clip-lr-factor 0.1 {flags}" for flags in (
-    "--lr 0.005", "--steps 80", "--steps 320")}
-SWEEP |= {f"without TPA, 0.2, {flags[2:]}": f"--distill rpmd --tpa-steps 0 --clip-lr-factor 0.2 {flags}" for flags in (
-    "--lambda-spd 0.03", "--lambda-spd 0.3", "--lambda-cpa 0.03", "--lambda-cpa 0.3", "--tau 0.05", "--alpha 0.999",
-    "--spd-features raw --lambda-spd 0.01", "--tpa-steps 10 --tpa-lr 1e-4", "--tpa-steps 10 --tpa-lr 5e-4")}
+SWEEP = {f"{name}, {rest}": f"{PARTS[name]} --clip-lr-factor {rest}" for name, rests in {
+    PLAIN: (*RATES, "0.1 --lr 0.005", "0.1 --steps 320", "0.1 --steps 320 --batch-size 4"),
+    "+ SPD + CPA": (*RATES, "0.2 --steps 320", "0.2 --steps 320 --batch-size 4", "0.2 --lambda-spd 0.3", "0.2 --lambda-spd 1",
+                    "0.5 --lambda-spd 0.3", "0.5 --lambda-spd 1", "0.2 --lambda-cpa 0.03", "0.2 --lambda-cpa 0.3", "0.2 --tau 0.05",
+                    "0.2 --alpha 0.999", "0.2 --spd-features raw --lambda-spd 0.01", "0.2 --tpa-steps 10 --tpa-lr 1e-4",
+                    "0.2 --tpa-steps 10 --tpa-lr 5e-4"),
+}.items() for rest in rests}                                                               # one thing at a time
 SCORES = ("seen", "unseen", "harmonic")
 WORLD = {"--dataset", "--seed", "--unseen", "--out", "--restart"}                          # flags that a run's seed decides
 children = set()                                                                           # runs that are under way

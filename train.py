@@ -66,7 +66,9 @@ FIXED = ("dataset", "classes", "unseen", "clip", "pretrained", "init_cat_seg", "
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=(
+        "ours: not in the paper. For the tiny CLIP chosen on toy worlds 101 to 103, which no table of results shows;\n"
+        "`study.py sweep` is that choice, docs/sweep.md what it gave. For real CLIPs nobody has tuned them yet."))
     p.add_argument("--dataset", default="toy", help=f"{', '.join(data.NAMES)} (default toy)")
     p.add_argument("--classes", help="other names for the dataset's classes: a file, or comma-separated")
     p.add_argument("--unseen", help="names to hold out of segmentation training, to be scored apart: a file, or comma-separated")

@@ -204,12 +204,15 @@ def zero_shot(results):
 def correlations(found):
     """Pearson's correlation of each shift with unseen mIoU over all runs of {row: {seed: results}}: as they are, and within
     seeds, that is after the mean over a seed's rows is taken from both, since some worlds are easier than others."""
-    shifts = {key: np.array([[r["shift"][key] if r["shift"][key] is not None else np.nan for r in by_seed.values()]
-                             for by_seed in found.values()]) for key in study.SHIFTS}                      # [rows,seeds]
-    unseen = np.array([[r["trained"]["unseen"] for r in by_seed.values()] for by_seed in found.values()])
-    within = lambda v: v - v.mean(0)
-    return {"runs": unseen.size, "unseen": {key: study.pearson(v.ravel(), unseen.ravel()) for key, v in shifts.items()},
-            "unseen_within_seeds": {key: study.pearson(within(v).ravel(), within(unseen).ravel()) for key, v in shifts.items()}}
+    table = lambda get: np.array([[get(r) for r in by_seed.values()] for by_seed in found.values()], float)   # [rows,seeds]
+    unseen, related = table(lambda r: r["trained"]["unseen"]), {"unseen": {}, "unseen_within_seeds": {}}
+    for key in study.SHIFTS:
+        shift = table(lambda r: r["shift"][key])                                           # NaN where it isn't defined
+        score = np.where(np.isnan(shift), np.nan, unseen)
+        related["unseen"][key] = study.pearson(shift.ravel(), score.ravel())
+        centred = (v - np.ma.masked_invalid(v).mean(0).filled(np.nan) for v in (shift, score))
+        related["unseen_within_seeds"][key] = study.pearson(*(v.ravel() for v in centred))
+    return {"runs": unseen.size, **related}
 
 
 def signed(v):
@@ -271,15 +274,17 @@ def ablate(args):
 
 
 def curve(args):
-    """Seen against unseen over CLIP's learning rates, and every method at its best rate by the mean harmonic mean: over all
-    seeds, which flatters whoever has more rates that are nearly best; and for each seed over the others, which wrongs them."""
+    """Seen against unseen over CLIP's learning rates, and the methods compared with plain fine-tuning at rates that are chosen
+    by the mean harmonic mean: at plain's best; each at its own best; and that again with a seed's rates chosen on the other
+    seeds. The second flatters a method that has several rates near its best, the third wrongs it."""
     rows = {(name, rate): f"{PARTS[name]} --clip-lr-factor {rate}" for name in METHODS for rate in RATES}
-    found = dict(zip(rows, run_all({", ".join(row): flags for row, flags in rows.items()}, args).values()))
+    found = run_all({"head only": PARTS["head only"]} | {", ".join(row): flags for row, flags in rows.items()}, args)
+    head, found = found.pop("head only"), dict(zip(rows, found.values()))
     lines = {row: summarise(", ".join(row), rows[row], by_seed, None if row[0] == PLAIN else found[PLAIN, row[1]])
              for row, by_seed in found.items()}
-    start = summarise("CLIP, zero-shot", "", zero_shot(found[PLAIN, RATES[0]]), None)
+    starts = [summarise("CLIP, zero-shot", "", zero_shot(head), None), summarise("head only", PARTS["head only"], head, None)]
     harmonic = np.array([[[r["trained"]["harmonic"] for r in found[name, rate].values()] for rate in RATES] for name in METHODS])
-    best, text, seeds = harmonic.mean(-1).argmax(-1), [], list(found[PLAIN, RATES[0]])               # harmonic [methods,rates,seeds]
+    best, text, seeds = harmonic.mean(-1).argmax(-1), [], list(head)                                 # harmonic [methods,rates,seeds]
     for name, values, i in zip(METHODS, harmonic.mean(-1), best):
         edge = ", the end of the range" if i in (0, len(RATES) - 1) else ""
         text.append(f"Best mean harmonic mean of {name}: {values[i]:.1f}, at {RATES[i]}{edge}.")
@@ -289,19 +294,20 @@ def curve(args):
         return others.mean(-1).argmax()
 
     gains = {}
-    for choice, chosen in (("on all seeds", lambda m, s: best[m]), ("on the other seeds", others_best)):
-        score = lambda m, s, key: found[METHODS[m], RATES[chosen(m, s)]][seeds[s]]["trained"][key]
+    for choice, rate in (("both at plain's best rate", lambda m, s: best[0]), ("each at its best rate", lambda m, s: best[m]),
+                         ("each at its best rate on the other seeds", others_best)):
+        score = lambda m, s, key: found[METHODS[m], RATES[rate(m, s)]][seeds[s]]["trained"][key]
         gains[choice] = {}
         for m, name in enumerate(METHODS[1:], 1):
             gain = {key: interval([score(m, s, key) - score(0, s, key) for s in range(len(seeds))]) for key in SCORES}
             gains[choice][name] = gain
-            text.append(f"{name} against {PLAIN}, each at its best rate {choice}: " +
-                        ", ".join(f"{key} {signed(v)}" for key, v in gain.items()) +
-                        f"; harmonic mean better in {gain['harmonic']['above']} of {gain['harmonic']['n']}.")
+            text.append(f"{name} against {PLAIN}, {choice}: {', '.join(f'{key} {signed(v)}' for key, v in gain.items())}; "
+                        f"harmonic mean better in {gain['harmonic']['above']} of {gain['harmonic']['n']}.")
     related = correlations(found)
-    viz.trade_off(Path(args.out, "curve.png"), {name: [(rate, lines[name, rate]) for rate in RATES] for name in METHODS}, start)
-    write(args, [start, *lines.values()], "\n".join([*text, "", say_correlations(related)]),
-          best={name: RATES[i] for name, i in zip(METHODS, best)}, gains=gains, correlations=related)
+    by_rate = {rate: correlations({row: by_seed for row, by_seed in found.items() if row[1] == rate}) for rate in RATES}
+    viz.trade_off(Path(args.out, "curve.png"), {name: [(rate, lines[name, rate]) for rate in RATES] for name in METHODS}, starts)
+    write(args, [*starts, *lines.values()], "\n".join([*text, "", say_correlations(related)]),
+          best={name: RATES[i] for name, i in zip(METHODS, best)}, gains=gains, correlations=related, correlations_by_rate=by_rate)
 
 
 def spread(args):

@@ -192,8 +192,10 @@ def shift_statistics(model, original, first_text, dataset, desc="patches"):
 
 
 def pearson(x, y):
-    """Pearson's correlation of two lists of numbers; None for fewer than three pairs, or where one does not vary."""
-    pairs = np.array([(a, b) for a, b in zip(x, y) if a is not None and b is not None], float).reshape(-1, 2)
+    """Pearson's correlation of two lists of numbers; None for fewer than three pairs without None or NaN, or where one does
+    not vary."""
+    pairs = np.array(list(zip(x, y)), float).reshape(-1, 2)                                # None becomes NaN
+    pairs = pairs[np.isfinite(pairs).all(1)]
     if len(pairs) < 3 or (pairs.std(0) < 1e-12).any():
         return None
     return float(np.corrcoef(pairs.T)[0, 1])

@@ -173,9 +173,9 @@ def differences(path, panels):
     figure.savefig(path, dpi=110)
 
 
-def trade_off(path, methods, start):
-    """Seen against unseen mIoU: a curve for each method, {name: [(rate, row of ablate.summarise)]}, and the CLIP they start
-    from. Bars are one standard error over seeds after a seed's mean over all rows is taken off: worlds differ in what they
+def trade_off(path, methods, starts):
+    """Seen against unseen mIoU: a curve for each method, {name: [(rate, row of ablate.summarise)]}, and rows that have no
+    rate, such as the CLIP they start from. Bars are one standard error over seeds after a seed's mean over all rows is taken off: worlds differ in what they
     allow, equally for every method."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 5.2), layout="constrained")
@@ -189,8 +189,9 @@ def trade_off(path, methods, start):
         line = ax.errorbar(x, y, *bars, fmt=style, label=name, lw=1.4, ms=5, elinewidth=0.7, alpha=0.8)
         for (rate, _), a, b in zip(rows, x, y):
             ax.annotate(rate, (a, b), xytext=place, textcoords="offset points", fontsize=8, color=line[0].get_color(),
-                        ha="right" if place[0] < 0 else "left")
-    ax.plot([start["seen"]["mean"]], [start["unseen"]["mean"]], "k*", ms=10, label="CLIP, zero-shot")
+                        ha="right" if place[0] < 0 else "left", bbox=dict(boxstyle="round,pad=0.1", fc="white", lw=0, alpha=0.7))
+    for row, marker in zip(starts, "*P"):
+        ax.plot([row["seen"]["mean"]], [row["unseen"]["mean"]], "k" + marker, ms=9, label=row["row"])
     ax.set(xlabel="mIoU on seen classes, %", ylabel="mIoU on unseen classes, %")
     ax.set_title("by learning rate of CLIP, as a part of the head's; bars: one standard error\nover seeds, "
                  "after a seed's mean over all points is taken off", fontsize=9)

@@ -62,6 +62,9 @@ def test_correlations():
     assert got["unseen"]["shift_reference"] == pytest.approx(np.corrcoef([1, 2, 3] * 2, [33, 42, 43, 31, 36, 49])[0, 1])
     assert got["unseen_within_seeds"]["shift_text"] == pytest.approx(-1) and got["unseen_within_seeds"]["shift_reference"] is None
     assert got["unseen"]["shift_text"] > -0.9
+    found["b"][2]["shift"]["shift_text"] = None                                                  # a seed with one row left: no pair
+    got = ablate.correlations(found)
+    assert got["unseen_within_seeds"]["shift_text"] == pytest.approx(np.corrcoef([-.5, .5, 0, 1.5, -1.5], [1, -1, 0, -3, 3])[0, 1])
 
 
 def arguments(tmp_path, **more):
@@ -216,10 +219,13 @@ def test_curve_compares_best_with_best(tmp_path, monkeypatch):
     ablate.curve(arguments(tmp_path, verb="curve", first_seed=1))
     found = json.loads((tmp_path / "curve.json").read_text())
     assert list(found["best"].values()) == [ablate.RATES[i] for i in (1, 2, 3)]
-    for gains in found["gains"].values():
+    at_plain, *at_best = found["gains"].values()
+    assert at_plain[ablate.RPMD]["harmonic"]["each"] == [-1.5, -1, -0.5] and at_plain[ablate.METHODS[1]]["seen"]["mean"] == -1
+    for gains in at_best:
         assert gains[ablate.RPMD]["harmonic"]["each"] == [2.5, 3.0, 3.5] and gains[ablate.METHODS[1]]["unseen"]["mean"] == 0
+    assert "the end of the range" not in (tmp_path / "curve.md").read_text()
     assert (tmp_path / "curve.png").stat().st_size > 5000
-    assert len(found["rows"]) == 16 and all(len(row["seeds"]) == 3 for row in found["rows"])
+    assert len(found["rows"]) == 17 and all(len(row["seeds"]) == 3 for row in found["rows"])
 
 
 def test_luck_at_one_rate_is_no_gain(tmp_path, monkeypatch):
@@ -229,8 +235,8 @@ def test_luck_at_one_rate_is_no_gain(tmp_path, monkeypatch):
     ablate.curve(arguments(tmp_path, verb="curve", first_seed=1))
     gains = json.loads((tmp_path / "curve.json").read_text())["gains"]
     each = {choice: by_method[ablate.RPMD]["harmonic"]["each"] for choice, by_method in gains.items()}
-    assert each == {"on all seeds": [0, 9, 0], "on the other seeds": [0, 0, 0]}
-    assert "the end of the range" in (tmp_path / "curve.md").read_text()
+    assert list(each.values()) == [[0, 0, 0], [0, 9, 0], [0, 0, 0]]
+    assert f"{ablate.RPMD}: 53.0, at 1, the end of the range" in (tmp_path / "curve.md").read_text()
 
 
 def test_spread_and_sweep(tmp_path, monkeypatch):
@@ -245,7 +251,9 @@ def test_spread_and_sweep(tmp_path, monkeypatch):
     assert found["deviation"] == pytest.approx({"training seed": 1.0, "split and scenes": np.std([1, 5, 1], ddof=1),
                                                 "all, CLIP too": np.std([1, 6, 3], ddof=1)})
     ablate.sweep(arguments(tmp_path, verb="sweep"))
-    assert len(json.loads((tmp_path / "sweep.json").read_text())["rows"]) == len(ablate.SWEEP)
+    rows = json.loads((tmp_path / "sweep.json").read_text())["rows"]
+    assert [row["row"] for row in rows if "against_plain" not in row] == ["plain fine-tuning, 0.1"] and len(rows) == len(ablate.SWEEP)
+    assert rows[-1]["against_plain"]["unseen"]["each"] == [5, 6, 7]
 
 
 def test_every_row_has_flags_that_train_takes_and_a_folder_of_its_own(tmp_path):
@@ -267,6 +275,7 @@ def test_a_stopped_comparison_leaves_no_run_behind(tmp_path, folder):
     deadline = time.time() + 120
     while not list((tmp_path / "o").rglob("log.jsonl")) and time.time() < deadline:
         time.sleep(0.2)
+    assert list((tmp_path / "o").rglob("log.jsonl"))
     parent.terminate()
     _, errors = parent.communicate(timeout=120)
     assert parent.returncode == 130 and "Traceback" not in errors

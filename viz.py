@@ -175,8 +175,8 @@ def differences(path, panels):
 
 def trade_off(path, methods, starts):
     """Seen against unseen mIoU: a curve for each method, {name: [(rate, row of ablate.summarise)]}, and rows that have no
-    rate, such as the CLIP they start from. Bars are one standard error over seeds after a seed's mean over all rows is taken off: worlds differ in what they
-    allow, equally for every method."""
+    rate, such as the CLIP they start from. Bars are one standard error over seeds after a seed's mean over all rows is taken
+    off: worlds differ in what they allow, equally for every method."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 5.2), layout="constrained")
     ax = figure.subplots()

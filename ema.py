@@ -1,49 +1,67 @@
-"""Momentum CLIP-V: an exponential moving average of the visual encoder, the teacher of SPD and CPA."""
+"""Momentum CLIP-V: a moving average of the visual encoder, the teacher of SPD and CPA."""
+import copy
+
 import torch
-from torch.func import functional_call
+
+
+def frozen_copy(encoder):
+    """A second encoder, as `encoder` (any nn.Module) is now, in eval mode, without gradients.
+
+    Parameters that do not train can't come to differ, so both share them; the copy owns the others,
+    and the buffers. Of CLIP-V, where only q and v train, that is an exact second encoder for a few
+    per cent of its memory.
+    """
+    shared = {id(p): p for p in encoder.parameters() if not p.requires_grad}
+    return copy.deepcopy(encoder, shared).eval().requires_grad_(False)
 
 
 class MomentumEncoder:
-    """E^M of the paper: E^M = alpha * E^M + (1 - alpha) * E, starting as a copy of the encoder it is made from.
+    """E^M of the paper: E^M = alpha * E^M + (1 - alpha) * E, starting as a copy of E.
 
-    Only the q and v projections of the visual encoder train, so only they can differ between the two encoders. This
-    object owns a copy of just those tensors, and runs the target's own modules with them put in place: exactly a second
-    encoder, for a few per cent of its memory. It is no nn.Module: no optimiser and no DDP can find it.
-
-    model: a Segmenter. alpha: the momentum, in [0, 1]; 1 keeps the encoder as it is now (a frozen teacher).
+    encoder: E, any nn.Module. alpha: the momentum, in [0, 1]; 1 keeps E^M as it is: a frozen
+    teacher. Calling it runs E^M, without a graph, and returns what E returns. It is no nn.Module
+    itself, so that no optimiser and no DDP can find it.
     """
 
-    def __init__(self, model, alpha):
+    def __init__(self, encoder, alpha):
         if not 0 <= alpha <= 1:
             raise ValueError(f"the momentum alpha must lie in [0, 1], not {alpha}")
         self.alpha = alpha
-        self.encoder = model.image_encoder
-        self.tensors = {name: p.detach().clone() for name, p in self.encoder.named_parameters() if p.requires_grad}
+        self.target = encoder
+        self.average = frozen_copy(encoder)
+
+    @torch.no_grad()
+    def __call__(self, *inputs):
+        return self.average(*inputs)
 
     @torch.no_grad()
     def update(self):
-        """E^M = alpha E^M + (1 - alpha) E, once after each optimiser step."""
-        target = dict(self.encoder.named_parameters())
-        for name, average in self.tensors.items():
-            average.mul_(self.alpha).add_(target[name], alpha=1 - self.alpha)
+        """E^M = alpha E^M + (1 - alpha) E, once after each optimiser step; buffers are copied."""
+        for average, target in zip(self.average.parameters(), self.target.parameters()):
+            if average is not target:
+                average.mul_(self.alpha).add_(target, alpha=1 - self.alpha)
+        for average, target in zip(self.average.buffers(), self.target.buffers()):
+            average.copy_(target)
 
-    @torch.no_grad()
-    def encode_image(self, images):
-        """V^M: images [B,3,H,W], normalised, to patches [B,L,D], without a graph."""
-        patches, _ = functional_call(self.encoder, self.tensors, (images,))
-        return patches
+    def own_tensors(self):
+        """{name: tensor} of what E^M does not share with the target."""
+        shared = {id(p) for p in self.target.parameters()}
+        named = [*self.average.named_parameters(), *self.average.named_buffers()]
+        return {name: tensor.data for name, tensor in named if id(tensor) not in shared}
 
     def state_dict(self):
-        """The momentum tensors by name, and alpha. The shared, frozen tensors belong to the target's checkpoint."""
-        return {"alpha": self.alpha, "tensors": self.tensors}
+        """Its own tensors by name, and alpha. The shared ones belong to the target's checkpoint."""
+        return {"alpha": self.alpha, "tensors": self.own_tensors()}
 
     def load_state_dict(self, state):
-        """Takes back what `state_dict` gave. Raises ValueError when names or shapes are not this encoder's."""
-        shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
-        found = {name: tuple(t.shape) for name, t in state["tensors"].items()}
-        if found != shapes:
-            differ = sorted(name for name in shapes | found if shapes.get(name) != found.get(name))
-            raise ValueError(f"the momentum state does not fit this encoder: {len(differ)} tensors differ, {differ[0]} first")
+        """Takes back what `state_dict` gave. Raises ValueError when it is another encoder's."""
+        own = self.own_tensors()
+        shapes = {name: tensor.shape for name, tensor in own.items()}
+        found = {name: tensor.shape for name, tensor in state["tensors"].items()}
+        differ = sorted(n for n in shapes | found if shapes.get(n) != found.get(n))
+        if differ:
+            raise ValueError(f"the momentum state does not fit this encoder: {len(differ)} tensors "
+                             f"differ, {differ[0]} first")
         self.alpha = state["alpha"]
-        for name, tensor in self.tensors.items():
+        for name, tensor in own.items():
             tensor.copy_(state["tensors"][name])

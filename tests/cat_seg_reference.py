@@ -1,12 +1,26 @@
-"""CAT-Seg written down literally and slowly, as a second opinion on model.py: no shared code, CAT-Seg's own names.
+"""CAT-Seg written down literally and slowly, as a second opinion on model.py: no shared code, and
+CAT-Seg's own names.
 
-Everything that model.py avoids is done here: the full context of the text encoder, guidance repeated for each class, the
-class axis padded to 256, one-hot targets. State dicts use the names of CAT-Seg's published checkpoints.
+Everything that model.py avoids is done here: the full context of the text encoder, guidance
+repeated for each class, the class axis padded to 256, one-hot targets. State dicts use the names of
+CAT-Seg's published checkpoints.
 """
+
 import torch
 import torch.nn.functional as F
 
+# a small CLIP with QuickGELU, an argument list of open_clip.model.CLIP
+SMALL = dict(
+    embed_dim=24,
+    quick_gelu=True,
+    vision_cfg=dict(image_size=32, patch_size=8, width=32, layers=6, head_width=16),
+    text_cfg=dict(context_length=77, width=32, heads=2, layers=2),
+)
 CLIP, HEAD = "sem_seg_head.predictor.clip_model.", "sem_seg_head.predictor.transformer."
+
+
+def bilinear(x, size):
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 def linear(s, name, x):
@@ -22,15 +36,17 @@ def quick_gelu(x):
 
 
 def clip_attention(s, name, x, heads, mask=None):
-    n, width = x.shape[1:]
+    width = x.shape[-1]
     bias = s[name + ".in_proj_bias"].chunk(3)
     q, k, v = (x @ s[f"{name}.{c}_proj_weight"].T + b for c, b in zip("qkv", bias))
     out = torch.zeros_like(x)
     d = width // heads
     for h in range(heads):
-        part = slice(h * d, h * d + d)
-        scores = q[..., part] @ k[..., part].transpose(1, 2) / d ** 0.5
-        out[..., part] = (scores if mask is None else scores + mask).softmax(-1) @ v[..., part]
+        of_head = slice(h * d, h * d + d)
+        products = q[..., of_head] @ k[..., of_head].transpose(1, 2) / d**0.5
+        if mask is not None:
+            products = products + mask
+        out[..., of_head] = products.softmax(-1) @ v[..., of_head]
     return linear(s, name + ".out_proj", out)
 
 
@@ -40,14 +56,16 @@ def mlp(s, name, x):
 
 def encode_image(s, images, layers, heads, patch, side):
     v = CLIP + "visual."
-    images = F.interpolate(images, (side * patch, side * patch), mode="bilinear", align_corners=False) if images.shape[-1] != side * patch else images
+    if images.shape[-1] != side * patch:
+        images = bilinear(images, (side * patch, side * patch))
     x = F.conv2d(images, s[v + "conv1.weight"], stride=patch).flatten(2).transpose(1, 2)
     x = torch.cat([s[v + "class_embedding"].expand(len(x), 1, -1), x], 1)
     pos = s[v + "positional_embedding"]
     n = round((len(pos) - 1) ** 0.5)
     if n != side:
-        image_pos = F.interpolate(pos[1:].reshape(1, n, n, -1).permute(0, 3, 1, 2), (side, side), mode="bicubic", align_corners=False)
-        pos = torch.cat([pos[:1], image_pos.permute(0, 2, 3, 1).reshape(side * side, -1)])
+        square = pos[1:].reshape(1, n, n, -1).permute(0, 3, 1, 2)
+        square = F.interpolate(square, (side, side), mode="bicubic", align_corners=False)
+        pos = torch.cat([pos[:1], square.permute(0, 2, 3, 1).reshape(side * side, -1)])
     x = norm(s, v + "ln_pre", x + pos)
     middle = []
     for i in range(layers - 1):
@@ -57,7 +75,10 @@ def encode_image(s, images, layers, heads, patch, side):
         if i + 1 in (layers // 3, 2 * layers // 3):
             middle.append(x[:, 1:].reshape(len(x), side, side, -1).permute(0, 3, 1, 2))
     b = f"{v}transformer.resblocks.{layers - 1}."
-    value = norm(s, b + "ln_1", x) @ s[b + "attn.v_proj_weight"].T + s[b + "attn.in_proj_bias"].chunk(3)[2]
+    value = (
+        norm(s, b + "ln_1", x) @ s[b + "attn.v_proj_weight"].T
+        + s[b + "attn.in_proj_bias"].chunk(3)[2]
+    )
     x = linear(s, b + "attn.out_proj", value) + x[:, :1]
     x = x + mlp(s, b + "mlp", norm(s, b + "ln_2", x))
     return (norm(s, v + "ln_post", x) @ s[v + "proj"])[:, 1:], middle
@@ -79,35 +100,46 @@ def encode_text(s, tokens, layers, heads):
 def swin_block(s, name, x, guidance, window, shift, heads=4):
     """x, guidance [N,H,W,C] -> [N,H,W,C]."""
     H, W, C = x.shape[1:]
-    d, shortcut, x = C // heads, x, norm(s, name + ".norm1", x)
+    d = C // heads
+    shortcut = x
+    x = norm(s, name + ".norm1", x)
     both = torch.cat([x, guidance], -1)
     region = torch.zeros(H, W)
     if shift:
         both, x = (t.roll((-shift, -shift), (1, 2)) for t in (both, x))
-        for i, rows in enumerate((slice(0, -window), slice(-window, -shift), slice(-shift, None))):
-            for j, cols in enumerate((slice(0, -window), slice(-window, -shift), slice(-shift, None))):
+        bands = (slice(0, -window), slice(-window, -shift), slice(-shift, None))
+        for i, rows in enumerate(bands):
+            for j, cols in enumerate(bands):
                 region[rows, cols] = 3 * i + j
     out = torch.zeros_like(x)
     for top in range(0, H, window):
         for left in range(0, W, window):
             here = (slice(None), slice(top, top + window), slice(left, left + window))
             q, k = (linear(s, f"{name}.attn.{c}", both[here].flatten(1, 2)) for c in "qk")
-            v, r = linear(s, name + ".attn.v", x[here].flatten(1, 2)), region[here[1:]].flatten()
+            v = linear(s, name + ".attn.v", x[here].flatten(1, 2))
+            r = region[here[1:]].flatten()
             mask = torch.where(r[:, None] == r[None], 0.0, -100.0)
             heads_out = []
             for h in range(heads):
-                part = slice(h * d, h * d + d)
-                weights = ((q[..., part] * d ** -0.5) @ k[..., part].transpose(1, 2) + mask).softmax(-1)
-                heads_out.append(weights @ v[..., part])
-            out[here] = linear(s, name + ".attn.proj", torch.cat(heads_out, -1)).unflatten(1, (window, window))
-    x = shortcut + (out.roll((shift, shift), (1, 2)) if shift else out)
-    return x + linear(s, name + ".mlp.fc2", F.gelu(linear(s, name + ".mlp.fc1", norm(s, name + ".norm2", x))))
+                of_head = slice(h * d, h * d + d)
+                products = (q[..., of_head] * d**-0.5) @ k[..., of_head].transpose(1, 2)
+                heads_out.append((products + mask).softmax(-1) @ v[..., of_head])
+            out[here] = linear(s, name + ".attn.proj", torch.cat(heads_out, -1)).unflatten(
+                1, (window, window)
+            )
+    if shift:
+        out = out.roll((shift, shift), (1, 2))
+    x = shortcut + out
+    return x + linear(
+        s, name + ".mlp.fc2", F.gelu(linear(s, name + ".mlp.fc1", norm(s, name + ".norm2", x)))
+    )
 
 
 def class_aggregation(s, name, x, guidance, pool, heads=4):
     """x [B,K,H,W,C], text guidance [B,K,C] -> [B,K,H,W,C]."""
     B, K, H, W, C = x.shape
-    full, padding = x, max(256 - K, 0)
+    full = x
+    padding = max(256 - K, 0)
     x = F.avg_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), pool)
     h, w = x.shape[2:]
     x = x.reshape(B, K, C, h * w).permute(0, 3, 1, 2).reshape(B * h * w, K, C)
@@ -116,30 +148,38 @@ def class_aggregation(s, name, x, guidance, pool, heads=4):
     guidance = torch.cat([guidance, s[name + ".padding_guidance"].expand(len(x), padding, -1)], 1)
     y = norm(s, name + ".norm1", x)
     both = torch.cat([y, guidance], -1)
-    q, k, v = (linear(s, f"{name}.attention.{c}", t).reshape(len(x), -1, heads, C // heads) for c, t in zip("qkv", (both, both, y)))
-    q, k, length = F.elu(q) + 1, F.elu(k) + 1, q.shape[1]
+    q, k, v = (linear(s, f"{name}.attention.{c}", t) for c, t in zip("qkv", (both, both, y)))
+    q, k, v = (t.reshape(len(x), -1, heads, C // heads) for t in (q, k, v))
+    q, k = (F.elu(t) + 1 for t in (q, k))
+    length = q.shape[1]
     kv = torch.einsum("nshd,nshv->nhdv", k, v / length)
     z = 1 / (torch.einsum("nlhd,nhd->nlh", q, k.sum(1)) + 1e-6)
     x = x + (torch.einsum("nlhd,nhdv,nlh->nlhv", q, kv, z) * length).reshape(len(x), -1, C)
     y = norm(s, name + ".norm2", x)
     x = x + linear(s, name + ".MLP.2", linear(s, name + ".MLP.0", y).relu())
     x = x[:, :K].reshape(B, h, w, K, C).permute(0, 3, 4, 1, 2).flatten(0, 1)
-    x = F.interpolate(x, (H, W), mode="bilinear", align_corners=True).permute(0, 2, 3, 1).reshape(B, K, H, W, C)
-    return full + x
+    x = F.interpolate(x, (H, W), mode="bilinear", align_corners=True)
+    return full + x.permute(0, 2, 3, 1).reshape(B, K, H, W, C)
 
 
 def double_conv(s, name, x):
     for conv, group in ((0, 1), (3, 4)):
         x = F.conv2d(x, s[f"{name}.double_conv.{conv}.weight"], padding=1)
-        x = F.group_norm(x, max(1, x.shape[1] // 16), s[f"{name}.double_conv.{group}.weight"], s[f"{name}.double_conv.{group}.bias"]).relu()
+        weight, bias = (s[f"{name}.double_conv.{group}.{kind}"] for kind in ("weight", "bias"))
+        x = F.group_norm(x, max(1, x.shape[1] // 16), weight, bias).relu()
     return x
 
 
 def head(s, patches, middle, text, side, pool, window):
     """patches [B,L,D], text [B,K,D] -> logits [B,K,4*side,4*side]."""
     B, K = text.shape[:2]
-    conv = lambda name, x, **k: F.conv2d(x, s[name + ".weight"], s[name + ".bias"], **k)
-    up = lambda name, x, n: F.conv_transpose2d(x, s[name + ".weight"], s[name + ".bias"], stride=n)
+
+    def conv(name, x, padding):
+        return F.conv2d(x, s[name + ".weight"], s[name + ".bias"], padding=padding)
+
+    def up(name, x, n):
+        return F.conv_transpose2d(x, s[name + ".weight"], s[name + ".bias"], stride=n)
+
     v = patches.transpose(1, 2).reshape(B, -1, side, side)
     cost = torch.einsum("bdhw,bkd->bkhw", F.normalize(v, dim=1), F.normalize(text, dim=-1))
     x = conv(HEAD + "conv1", cost.reshape(B * K, 1, side, side), padding=3).permute(0, 2, 3, 1)
@@ -150,12 +190,17 @@ def head(s, patches, middle, text, side, pool, window):
         guidance = norm(s, layer + "swin_block.guidance_norm", image).repeat_interleave(K, 0)
         x = swin_block(s, layer + "swin_block.block_1", x, guidance, window, 0)
         x = swin_block(s, layer + "swin_block.block_2", x, guidance, window, window // 2)
-        x = class_aggregation(s, layer + "attention", x.unflatten(0, (B, K)), words, pool).flatten(0, 1)
+        x = class_aggregation(s, layer + "attention", x.unflatten(0, (B, K)), words, pool).flatten(
+            0, 1
+        )
     x = x.permute(0, 3, 1, 2)
     for i in (1, 2):
         g = up(f"upsample{i}", middle[i - 1], 2 * i)
-        g = conv(f"{HEAD}decoder_guidance_projection.{i - 1}.0", g, padding=1).relu().repeat_interleave(K, 0)
-        x = double_conv(s, f"{HEAD}decoder{i}.conv", torch.cat([up(f"{HEAD}decoder{i}.up", x, 2), g], 1))
+        g = conv(f"{HEAD}decoder_guidance_projection.{i - 1}.0", g, padding=1).relu()
+        g = g.repeat_interleave(K, 0)
+        x = double_conv(
+            s, f"{HEAD}decoder{i}.conv", torch.cat([up(f"{HEAD}decoder{i}.up", x, 2), g], 1)
+        )
     return conv(HEAD + "head", x, padding=1).reshape(B, K, 4 * side, 4 * side)
 
 
@@ -165,14 +210,59 @@ def top_256(s, patches, middle, text, side, pool, window):
     logits = torch.full((len(patches), len(text), 4 * side, 4 * side), -100.0)
     for b in range(len(patches)):
         kept = cosine[b].max(-1).values.argsort(descending=True)[:256]
-        logits[b, kept] = head(s, patches[b:b + 1], [m[b:b + 1] for m in middle], text[kept][None], side, pool, window)[0]
+        one = slice(b, b + 1)
+        of_image = [m[one] for m in middle]
+        found = head(s, patches[one], of_image, text[kept][None], side, pool, window)
+        logits[b, kept] = found[0]
     return logits
 
 
-def loss(logits, target):
-    """target [B,H,W] with -1 where ignored."""
-    logits = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)
+def loss(logits, pixel_labels):
+    """pixel_labels [B,H,W] with -1 where ignored."""
+    logits = bilinear(logits, pixel_labels.shape[-2:])
     one_hot = torch.zeros_like(logits)
     for k in range(logits.shape[1]):
-        one_hot[:, k] = (target == k).float()
+        one_hot[:, k] = (pixel_labels == k).float()
     return F.binary_cross_entropy_with_logits(logits, one_hot)
+
+
+def to_cat_seg(state):
+    """Our state dict under CAT-Seg's names, written independently of support/cat_seg.py's table."""
+    return {theirs(name): t[None, None] if "padding_" in name else t for name, t in state.items()}
+
+
+def theirs(name):
+    """CAT-Seg's name of one of our tensors."""
+    if not name.startswith("head."):
+        return CLIP + name.removeprefix("image_encoder.").removeprefix("text_encoder.")
+    _, kind, *words = name.split(".")
+    rest = ".".join(words[1:])
+    if kind == "spatial" and words[1] == "blocks":
+        layer, _, block, *inner = words
+        inner = ".".join(inner).replace("mlp.0", "mlp.fc1").replace("mlp.2", "mlp.fc2")
+        if inner.startswith(("q.", "k.", "v.", "proj.")):
+            inner = "attn." + inner
+        return f"{HEAD}layers.{layer}.swin_block.block_{int(block) + 1}.{inner}"
+    if kind == "spatial":
+        return f"{HEAD}layers.{words[0]}.swin_block.{rest}"
+    if kind == "classes":
+        if words[1] in ("q", "k", "v"):
+            rest = "attention." + rest
+        rest = {"padding_token": "padding_tokens"}.get(rest, rest.replace("mlp", "MLP"))
+        return f"{HEAD}layers.{words[0]}.attention.{rest}"
+    if kind == "middle_up":
+        return f"upsample{int(words[0]) + 1}.{rest}"
+    if kind == "middle_guidance":
+        return f"{HEAD}decoder_guidance_projection.{words[0]}.0.{rest}"
+    if kind == "decoder":
+        places = {"conv1": 0, "norm1": 1, "conv2": 3, "norm2": 4}
+        if words[1] in places:
+            rest = f"conv.double_conv.{places[words[1]]}.{words[2]}"
+        return f"{HEAD}decoder{int(words[0]) + 1}.{rest}"
+    kind = {
+        "embed": "conv1",
+        "image_guidance": "guidance_projection.0",
+        "text_guidance": "text_guidance_projection.0",
+        "logit": "head",
+    }[kind]
+    return f"{HEAD}{kind}.{words[0]}"

@@ -1,4 +1,6 @@
-"""What the tests share: the project on the path, a tiny segmenter, pictures of a dataset made on the spot."""
+"""What the tests share: the project on the path, a tiny segmenter, pictures of a dataset made on
+the spot."""
+
 import os
 import subprocess
 import sys
@@ -13,25 +15,28 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
-import model as segmenter  # noqa: E402
+from model import build  # noqa: E402
 
 
 @pytest.fixture
 def tiny():
     torch.manual_seed(0)
-    return segmenter.build("tiny", image_size=64, channels=32)
+    return build("tiny", image_size=64, channels=32)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A dataset of one's own: 3 classes, 6 training and 3 validation images of 80 x 60, one pixel of void in each."""
+    """A dataset of one's own: 3 classes, 6 training and 3 validation images of 80 x 60, one pixel
+    of void in each."""
     root, rng = tmp_path / "my dätä", np.random.default_rng(0)
     for split, n in (("train", 6), ("val", 3)):
         for kind in ("images", "masks"):
             (root / kind / split).mkdir(parents=True)
         for i in range(n):
             mask = np.repeat(np.repeat(rng.integers(0, 3, (6, 8), dtype=np.uint8), 10, 0), 10, 1)
-            image = np.array([(200, 40, 40), (40, 200, 40), (40, 40, 200)], np.uint8)[mask] + rng.integers(0, 30, (60, 80, 3), dtype=np.uint8)
+            image = np.array([(200, 40, 40), (40, 200, 40), (40, 40, 200)], np.uint8)[
+                mask
+            ] + rng.integers(0, 30, (60, 80, 3), dtype=np.uint8)
             mask[0, 0] = 255
             Image.fromarray(image).save(root / "images" / split / f"{i}.jpg")
             Image.fromarray(mask).save(root / "masks" / split / f"{i}.png")
@@ -41,8 +46,24 @@ def folder(tmp_path):
 
 def run(*command, processes=1, check=True, **options):
     """Run one of the project's scripts as a user would. Returns the CompletedProcess."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
+    )
     env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    done = subprocess.run([sys.executable, *launcher, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, **options)
+    done = subprocess.run(
+        [sys.executable, *launcher, *map(str, command)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        **options,
+    )
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+def visible(folder):
+    """The names of a folder's files, without hidden ones."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}

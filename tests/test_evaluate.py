@@ -1,4 +1,6 @@
-"""Evaluation: sliding windows, chunks of classes, confusion matrices, both mIoU, and shards over processes."""
+"""Evaluation: sliding windows, chunks of classes, confusion matrices, both mIoU, and shards over
+processes."""
+
 import json
 import math
 
@@ -16,22 +18,31 @@ from losses import IGNORE
 
 def photo(width, height, seed=0):
     rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 255, (height // 10, width // 10, 3), dtype=np.uint8)).resize((width, height))
+    return Image.fromarray(
+        rng.integers(0, 255, (height // 10, width // 10, 3), dtype=np.uint8)
+    ).resize((width, height))
 
 
 def by_hand(model, image, names):
-    """The specification of CAT-Seg's inference for image_size 64 (canvas 107, windows at 0 and 43), step by step."""
+    """The specification of CAT-Seg's inference for image_size 64 (canvas 107, windows at 0 and
+    43), step by step."""
     width, height = image.size
     scale = 107 / min(image.size)
-    x = data.normalise(image.resize((int(width * scale + 0.5), int(height * scale + 0.5)), Image.Resampling.BILINEAR))[None]
+    x = data.normalise(
+        image.resize(
+            (int(width * scale + 0.5), int(height * scale + 0.5)), Image.Resampling.BILINEAR
+        )
+    )[None]
     up = lambda t, *size: F.interpolate(t, size, mode="bilinear", align_corners=False)
     square, small, tokens = up(x, 107, 107), up(x, 64, 64), model.tokenize(names)
     prob = lambda view: up(model(view, tokens)[0], 64, 64).sigmoid()
     total, count = torch.zeros(1, len(names), 107, 107), torch.zeros(107, 107)
     for top in (0, 43):
         for left in (0, 43):
-            total[..., top:top + 64, left:left + 64] += prob(square[..., top:top + 64, left:left + 64])
-            count[top:top + 64, left:left + 64] += 1
+            total[..., top : top + 64, left : left + 64] += prob(
+                square[..., top : top + 64, left : left + 64]
+            )
+            count[top : top + 64, left : left + 64] += 1
     return up((total / count + up(prob(small), 107, 107)) / 2, height, width)
 
 
@@ -46,21 +57,29 @@ def test_sliding_windows_by_hand(tiny, size):
     labels = evaluate.segment(tiny, image, names)
     assert labels.shape == size[::-1] and labels.dtype == torch.int64
     assert torch.equal(labels, expected[0].argmax(0))
-    assert torch.equal(labels, evaluate.segment(tiny, image, names, chunk=2))              # chunks change no label
+    assert torch.equal(
+        labels, evaluate.segment(tiny, image, names, chunk=2)
+    )  # chunks change no label
 
 
 def test_zero_shot_is_clips_own_argmax(tiny):
     image, names = photo(64, 64), ["red", "green", "blue"]
     with torch.no_grad():
-        patches, text = tiny.encode_image(data.normalise(image)[None])[0], tiny.encode_text(tiny.tokenize(names))
+        patches, text = (
+            tiny.encode_image(data.normalise(image)[None])[0],
+            tiny.encode_text(tiny.tokenize(names)),
+        )
         cosine = F.cosine_similarity(patches[0, :, None], text, dim=-1).T.reshape(1, 3, 8, 8)
-        expected = F.interpolate(cosine, (64, 64), mode="bilinear", align_corners=False)[0].argmax(0)
+        expected = F.interpolate(cosine, (64, 64), mode="bilinear", align_corners=False)[0].argmax(
+            0
+        )
     got = evaluate.label_map(tiny, image, text, sliding=False, zero_shot=True)
     assert torch.equal(got, expected) and len(got.unique()) > 1
 
 
 def random_maps(seed, K=6):
-    """Labels without class 4, predictions without class 5, some pixels ignored; class 4 is only predicted."""
+    """Labels without class 4, predictions without class 5, some pixels ignored; class 4 is only
+    predicted."""
     rng = np.random.default_rng(seed)
     labels, prediction = rng.choice([-1, 0, 1, 2, 3, 5], (40, 50)), rng.integers(0, 5, (40, 50))
     return torch.from_numpy(prediction), torch.from_numpy(labels)
@@ -70,7 +89,11 @@ def random_maps(seed, K=6):
 def test_confusion_and_both_miou_equal_sets(seed):
     K, (prediction, labels) = 6, random_maps(seed)
     confusion = evaluate.confusion_matrix(prediction, labels, K)
-    pairs = [(g, p) for g, p in zip(labels.flatten().tolist(), prediction.flatten().tolist()) if g != IGNORE]
+    pairs = [
+        (g, p)
+        for g, p in zip(labels.flatten().tolist(), prediction.flatten().tolist())
+        if g != IGNORE
+    ]
     assert confusion.tolist() == [[pairs.count((g, p)) for p in range(K)] for g in range(K)]
     iou = {}
     for k in range(K):
@@ -80,9 +103,13 @@ def test_confusion_and_both_miou_equal_sets(seed):
     everything = [v for v in iou.values() if v is not None]
     assert len(labelled) == 5 and len(everything) == 6
     result = evaluate.mean_iou(confusion)
-    assert result["ground_truth"] == pytest.approx(sum(labelled) / 5) and result["union"] == pytest.approx(sum(everything) / 6)
+    assert result["ground_truth"] == pytest.approx(sum(labelled) / 5) and result[
+        "union"
+    ] == pytest.approx(sum(everything) / 6)
     some = evaluate.mean_iou(confusion, [0, 4])
-    assert some["ground_truth"] == pytest.approx(iou[0]) and some["union"] == pytest.approx((iou[0] + iou[4]) / 2)
+    assert some["ground_truth"] == pytest.approx(iou[0]) and some["union"] == pytest.approx(
+        (iou[0] + iou[4]) / 2
+    )
     assert math.isnan(evaluate.mean_iou(confusion * 0)["ground_truth"])
 
 
@@ -101,7 +128,10 @@ def test_segment_turns_photographs_upright_and_wants_a_list(tiny):
     turned.info["exif"] = exif.tobytes()
     turned.getexif()[0x0112] = 6
     assert evaluate.segment(tiny, turned, ["a", "b"]).shape == (130, 90)
-    assert torch.equal(evaluate.segment(tiny, turned, ["a", "b"]), evaluate.segment(tiny, image.transpose(Image.Transpose.ROTATE_270), ["a", "b"]))
+    assert torch.equal(
+        evaluate.segment(tiny, turned, ["a", "b"]),
+        evaluate.segment(tiny, image.transpose(Image.Transpose.ROTATE_270), ["a", "b"]),
+    )
     for names in ("cat", []):
         with pytest.raises(ValueError, match="list of at least one class name"):
             evaluate.segment(tiny, image, names)
@@ -114,17 +144,31 @@ def test_summary_separates_seen_from_unseen():
     assert result["classes"] == pytest.approx({n: 100 * v for n, v in zip("abc", ious)})
     seen, unseen = 80.0, 50 * (5 / 12 + 10 / 15)
     assert result["seen"] == pytest.approx(seen) and result["unseen"] == pytest.approx(unseen)
-    assert result["harmonic"] == pytest.approx(2 * seen * unseen / (seen + unseen)) and result["pixel_accuracy"] == pytest.approx(100 * 23 / 30)
+    assert result["harmonic"] == pytest.approx(2 * seen * unseen / (seen + unseen)) and result[
+        "pixel_accuracy"
+    ] == pytest.approx(100 * 23 / 30)
     assert "unseen" not in evaluate.summary(confusion, ["a", "b", "c"], seen=["a", "b", "c"])
 
 
 def test_two_processes_count_every_image_once(tiny, folder, tmp_path):
-    """3 images on 2 processes: the integer confusion matrix, and so every figure, is that of one process."""
-    torch.save(dict(config=tiny.config, model=tiny.state_dict(), names=["red thing"]), tmp_path / "c.pt")
+    """3 images on 2 processes: the integer confusion matrix, and so every figure, is that of one
+    process."""
+    torch.save(
+        dict(config=tiny.config, model=tiny.state_dict(), names=["red thing"]), tmp_path / "c.pt"
+    )
     results = []
     for processes in (1, 2):
-        done = run("evaluate.py", "--checkpoint", tmp_path / "c.pt", "--datasets", f"folder:{folder}", "--out", tmp_path / str(processes), processes=processes)
-        file, = (tmp_path / str(processes)).iterdir()
+        done = run(
+            "evaluate.py",
+            "--checkpoint",
+            tmp_path / "c.pt",
+            "--datasets",
+            f"folder:{folder}",
+            "--out",
+            tmp_path / str(processes),
+            processes=processes,
+        )
+        (file,) = (tmp_path / str(processes)).iterdir()
         results.append(json.loads(file.read_text()))
         assert done.stdout.count("mIoU over classes with ground truth") == 1
     assert results[0] == results[1] and results[0]["images"] == 3 and "unseen" in results[0]
@@ -146,15 +190,31 @@ def command(monkeypatch, *arguments):
 
 def test_labels_and_pictures_of_a_dataset(tiny, folder, tmp_path, monkeypatch, capsys):
     path = save(tiny, tmp_path / "c.pt")
-    assert not command(monkeypatch, "--checkpoint", path, "--datasets", f"folder:{folder}", "--out", tmp_path / "o",
-                       "--save-labels", "--save-pictures", 2, "--views", "whole")
-    out, = (p for p in (tmp_path / "o").iterdir() if p.is_dir())
+    assert not command(
+        monkeypatch,
+        "--checkpoint",
+        path,
+        "--datasets",
+        f"folder:{folder}",
+        "--out",
+        tmp_path / "o",
+        "--save-labels",
+        "--save-pictures",
+        2,
+        "--views",
+        "whole",
+    )
+    (out,) = (p for p in (tmp_path / "o").iterdir() if p.is_dir())
     dataset = data.open_dataset(f"folder:{folder}", None, "val")
     for i in range(3):
         expected = evaluate.segment(tiny, dataset.load(i)[0], dataset.names, sliding=False)
         assert np.array_equal(np.asarray(Image.open(out / "labels" / f"{i}.png")), expected.numpy())
     assert len(list((out / "pictures").iterdir())) == 2
-    classes = [line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines() if " thing " in line]
+    classes = [
+        line.split("|")[2].strip()
+        for line in capsys.readouterr().out.splitlines()
+        if " thing " in line
+    ]
     assert len(classes) == 3 and classes == sorted(classes, key=float, reverse=True)
 
 
@@ -164,9 +224,17 @@ def test_labels_beyond_255_take_16_bits(tiny, folder, tmp_path, monkeypatch):
         for mask in (folder / "masks" / split).iterdir():
             Image.fromarray(np.asarray(Image.open(mask)).astype(np.uint16)).save(mask)
     monkeypatch.setattr(evaluate, "label_map", lambda *a, **k: torch.full((60, 80), 299))
-    assert not command(monkeypatch, "--checkpoint", save(tiny, tmp_path / "c.pt"), "--datasets", f"folder:{folder}",
-                       "--out", tmp_path / "o", "--save-labels")
-    labels, = (np.asarray(Image.open(p)) for p in (tmp_path / "o").glob("*/labels/0.png"))
+    assert not command(
+        monkeypatch,
+        "--checkpoint",
+        save(tiny, tmp_path / "c.pt"),
+        "--datasets",
+        f"folder:{folder}",
+        "--out",
+        tmp_path / "o",
+        "--save-labels",
+    )
+    (labels,) = (np.asarray(Image.open(p)) for p in (tmp_path / "o").glob("*/labels/0.png"))
     assert (labels == 299).all()
 
 
@@ -180,14 +248,23 @@ def test_an_interrupted_evaluation_says_what_it_had(tiny, folder, tmp_path, monk
         return whole(*arguments, **options)
 
     monkeypatch.setattr(evaluate, "label_map", third)
-    status = command(monkeypatch, "--checkpoint", save(tiny, tmp_path / "c.pt"), "--datasets", f"folder:{folder}", "--out", tmp_path / "o")
+    status = command(
+        monkeypatch,
+        "--checkpoint",
+        save(tiny, tmp_path / "c.pt"),
+        "--datasets",
+        f"folder:{folder}",
+        "--out",
+        tmp_path / "o",
+    )
     assert status == 130 and "had after 2 of 3 images" in capsys.readouterr().out
-    file, = (tmp_path / "o").iterdir()
+    (file,) = (tmp_path / "o").iterdir()
     assert file.name.endswith(".partial.json") and json.loads(file.read_text())["images"] == 2
 
 
 def test_background_stands_for_all_names_from_the_last_label_on(tiny):
     """voc-20b: 59 names, 21 classes; a prediction of any of the last 39 counts as background."""
+
     class Pictures:
         names, evaluated = list("abcde"), ["a", "b", "background"]
         __len__ = lambda self: 1
@@ -201,7 +278,8 @@ def test_background_stands_for_all_names_from_the_last_label_on(tiny):
 
 
 def test_pictures_of_ones_own(tiny, tmp_path, monkeypatch, capsys):
-    """Any mode and size; a folder and a pattern; the broken one is named and the others are done all the same."""
+    """Any mode and size; a folder and a pattern; the broken one is named and the others are done
+    all the same."""
     exif, pictures = Image.Exif(), tmp_path / "my pictures"
     pictures.mkdir()
     exif[0x0112] = 6
@@ -212,27 +290,59 @@ def test_pictures_of_ones_own(tiny, tmp_path, monkeypatch, capsys):
     photo(100, 80).convert("L").save(pictures / "gray.png")
     Image.fromarray(np.full((80, 100), 40000, np.uint16)).save(pictures / "sixteen.png")
     (pictures / "broken.jpg").write_bytes(b"no picture")
-    options = ("--checkpoint", save(tiny, tmp_path / "c.pt"), "--classes", "cat, sofa, wooden floor")
+    options = (
+        "--checkpoint",
+        save(tiny, tmp_path / "c.pt"),
+        "--classes",
+        "cat, sofa, wooden floor",
+    )
     wrong = command(monkeypatch, *options, "--image", pictures)
-    assert wrong.startswith("error: ") and "broken.jpg can't be read as an image" in wrong and "\n" not in wrong
+    assert (
+        wrong.startswith("error: ")
+        and "broken.jpg can't be read as an image" in wrong
+        and "\n" not in wrong
+    )
     names = {"small.jpg", "small.png", "turned", "see-through", "gray", "sixteen"}
     assert {p.name for p in pictures.glob("*.seg.png")} == {f"{n}.seg.png" for n in names}
-    assert Image.open(pictures / "turned.seg.png").height > 130 * 6 and "cat" in capsys.readouterr().out
-    assert not command(monkeypatch, *options, "--image", f"{pictures}/s*.jpg", pictures / "gray.png", "--out", tmp_path / "o")
+    assert (
+        Image.open(pictures / "turned.seg.png").height > 130 * 6
+        and "cat" in capsys.readouterr().out
+    )
+    assert not command(
+        monkeypatch,
+        *options,
+        "--image",
+        f"{pictures}/s*.jpg",
+        pictures / "gray.png",
+        "--out",
+        tmp_path / "o",
+    )
     assert {p.name for p in (tmp_path / "o").iterdir()} == {"small.seg.png", "gray.seg.png"}
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (("--image", "nowhere.jpg", "--classes", "a"), "--image nowhere.jpg: there is no such picture"),
-    (("--image", "LICENSE"), "--image needs --classes"), (("--image", "LICENSE", "--classes", "a, a"), "names 'a' twice"),
-    (("--datasets", "toy", "--classes", "a, b"), "--classes has 2 names, and toy needs 52")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (
+            ("--image", "nowhere.jpg", "--classes", "a"),
+            "--image nowhere.jpg: there is no such picture",
+        ),
+        (("--image", "LICENSE"), "--image needs --classes"),
+        (("--image", "LICENSE", "--classes", "a, a"), "names 'a' twice"),
+        (("--datasets", "toy", "--classes", "a, b"), "--classes has 2 names, and toy needs 52"),
+    ],
+)
 def test_bad_arguments_are_one_sentence(tiny, tmp_path, monkeypatch, arguments, words):
     assert words in command(monkeypatch, "--checkpoint", save(tiny, tmp_path / "c.pt"), *arguments)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (("--checkpoint", "nowhere.pt"), "nowhere.pt: no such checkpoint"),
-    (("--checkpoint", "README.md"), "README.md is not a checkpoint of tensors")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--checkpoint", "nowhere.pt"), "nowhere.pt: no such checkpoint"),
+        (("--checkpoint", "README.md"), "README.md is not a checkpoint of tensors"),
+    ],
+)
 def test_bad_input_is_one_sentence(arguments, words):
     done = run("evaluate.py", *arguments, check=False)
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr

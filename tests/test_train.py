@@ -1,5 +1,6 @@
-"""Training from the command line and step by step: resuming, several processes, and what stops it."""
-import ast
+"""Training from the command line and step by step: resuming, several processes, and what stops
+it."""
+
 import json
 import math
 import os
@@ -12,28 +13,72 @@ import pytest
 import torch
 from PIL import Image
 
-import runs
 import train
-from conftest import ROOT, run
+from conftest import ROOT, run, visible
+from model import build
+from support import checkpoints, runs
+from support.errors import UserError
 
-FAST = ["--clip", "tiny", "--pretrained", "none", "--batch-size", "4", "--steps", "6", "--tpa-steps", "2", "--channels", "16",
-        "--log-every", "1", "--eval-every", "0", "--save-every", "2"]
+FAST = [
+    "--clip",
+    "tiny",
+    "--pretrained",
+    "none",
+    "--batch-size",
+    "4",
+    "--steps",
+    "6",
+    "--tpa-steps",
+    "2",
+    "--channels",
+    "16",
+    "--log-every",
+    "1",
+    "--eval-every",
+    "0",
+    "--save-every",
+    "2",
+]
+
+FILES = {"last.pt", "log.jsonl", "results.json", "curves.png", "examples.png"}
 
 
 @pytest.fixture
 def go(folder, tmp_path, monkeypatch):
     """Train in this process: go("name", *flags) -> the checkpoint in tmp_path/name."""
+
     def go(name, *flags):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--dataset", f"folder:{folder}", "--out", str(tmp_path / name), *FAST, *flags])
-        train.train(train.parse(), 0, 1, torch.device("cpu"))
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "train.py",
+                "--dataset",
+                f"folder:{folder}",
+                "--out",
+                str(tmp_path / name),
+                *FAST,
+                *flags,
+            ],
+        )
+        train.train(train.parse())
         return torch.load(tmp_path / name / "last.pt", weights_only=True)
+
     return go
 
 
 def tensors(checkpoint):
     """Every tensor that training changes, by name."""
-    optimiser = {f"{i}.{k}": v for i, state in checkpoint["optimiser"]["state"].items() for k, v in state.items()}
-    return {**checkpoint["model"], **{"momentum." + k: v for k, v in checkpoint["momentum"]["tensors"].items()}, **optimiser}
+    optimiser = {
+        f"{i}.{k}": v
+        for i, state in checkpoint["optimiser"]["state"].items()
+        for k, v in state.items()
+    }
+    return {
+        **checkpoint["model"],
+        **{"momentum." + k: v for k, v in checkpoint["momentum"]["tensors"].items()},
+        **optimiser,
+    }
 
 
 def log(folder):
@@ -46,14 +91,31 @@ def test_a_run(go, tmp_path):
     steps = [l for l in lines if "total_loss" in l]
     assert [l["step"] for l in steps] == [1, 2, 3, 4, 5, 6] and checkpoint["step"] == 6
     for l in steps:
-        assert l["total_loss"] == pytest.approx(l["segmentation_loss"] + 0.1 * l["spd_loss"] + 0.1 * l["cpa_loss"], rel=1e-5)
-        assert {"reference_share", "contrast_patches", "lr", "lr_clip", "grad_norm", "seconds", "memory_gb"} <= l.keys()
-        assert l["lr"] == pytest.approx(2.5e-3 * 0.5 * (1 + math.cos(math.pi * (l["step"] - 1) / 6)))
-    assert steps[-1]["segmentation_loss"] < steps[0]["segmentation_loss"] and steps[-1]["spd_loss"] > 0
+        assert l["total_loss"] == pytest.approx(
+            l["segmentation_loss"] + 0.1 * l["spd_loss"] + 0.1 * l["cpa_loss"], rel=1e-5
+        )
+        assert {
+            "reference_share",
+            "contrast_patches",
+            "lr",
+            "lr_clip",
+            "grad_norm",
+            "seconds",
+            "memory_gb",
+        } <= l.keys()
+        assert l["lr"] == pytest.approx(
+            2.5e-3 * 0.5 * (1 + math.cos(math.pi * (l["step"] - 1) / 6))
+        )
+    assert (
+        steps[-1]["segmentation_loss"] < steps[0]["segmentation_loss"] and steps[-1]["spd_loss"] > 0
+    )
     results = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert 0 <= results["zero_shot"]["mIoU_union"] <= 100 and results["trained"]["mIoU_union"] == lines[-1]["mIoU_union"]
+    assert (
+        0 <= results["zero_shot"]["mIoU_union"] <= 100
+        and results["trained"]["mIoU_union"] == lines[-1]["mIoU_union"]
+    )
     assert results["before_tpa"]["reference_drift"] < 1e-6 < results["end"]["reference_drift"]
-    assert {"last.pt", "log.jsonl", "results.json", "curves.png", "examples.png"} == {p.name for p in (tmp_path / "a").iterdir()}
+    assert visible(tmp_path / "a") == FILES
 
 
 def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(go, tmp_path, monkeypatch):
@@ -73,9 +135,13 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(go, tmp_p
     again = go("cut", "--workers", "2")
     a, b = tensors(whole), tensors(again)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    (tmp_path / "cut" / "log.jsonl").open("a").write('{"step": 6, "tot')                   # a line that a power cut left
+    (tmp_path / "cut" / "log.jsonl").open("a").write(
+        '{"step": 6, "tot'
+    )  # a line that a power cut left
     assert [l["step"] for l in runs.read_log(tmp_path / "cut" / "log.jsonl")][-1] == 6
-    untimed = lambda folder: [{k: v for k, v in l.items() if k not in ("seconds", "memory_gb")} for l in log(folder)]
+    untimed = lambda folder: [
+        {k: v for k, v in l.items() if k not in ("seconds", "memory_gb")} for l in log(folder)
+    ]
     assert untimed(tmp_path / "whole") == untimed(tmp_path / "cut")
 
 
@@ -83,54 +149,92 @@ def test_a_finished_run_is_evaluated_again_not_trained(go, tmp_path):
     a = go("a")
     before = log(tmp_path / "a")
     b = go("a")
-    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and log(tmp_path / "a") == before
-    assert torch.equal(go("a", "--restart")["model"]["head.logit.weight"], a["model"]["head.logit.weight"])
+    assert (
+        all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+        and log(tmp_path / "a") == before
+    )
+    assert torch.equal(
+        go("a", "--restart")["model"]["head.logit.weight"], a["model"]["head.logit.weight"]
+    )
 
 
 def test_two_processes_equal_one_on_the_joined_batch(folder, tmp_path):
-    """With images that have no label, and so no reference patch: each process has another number of those that count."""
+    """With images that have no label, and so no reference patch: each process has another number
+    of those that count."""
     for i in (1, 4):
         Image.new("L", (80, 60), 255).save(folder / f"masks/train/{i}.png")
     for n in (1, 2):
-        run("train.py", "--dataset", f"folder:{folder}", "--out", tmp_path / str(n), *FAST, "--steps", "5", "--tpa-lr", "1e-5",
-            "--lambda-spd", "10", "--lambda-cpa", "10", processes=n)
+        run(
+            "train.py",
+            "--dataset",
+            f"folder:{folder}",
+            "--out",
+            tmp_path / str(n),
+            *FAST,
+            "--steps",
+            "5",
+            "--tpa-lr",
+            "1e-5",
+            "--lambda-spd",
+            "10",
+            "--lambda-cpa",
+            "10",
+            processes=n,
+        )
     one, two = (torch.load(tmp_path / str(n) / "last.pt", weights_only=True) for n in (1, 2))
     for part in (lambda c: c["model"], lambda c: c["momentum"]["tensors"]):
         for name, t in part(one).items():
             torch.testing.assert_close(part(two)[name], t, rtol=0, atol=1e-5, msg=name)
     a, b = log(tmp_path / "1"), log(tmp_path / "2")
     for x, y in zip(a, b):
-        assert all(x[k] == pytest.approx(y[k], rel=1e-3, abs=1e-5) for k in x if k not in ("seconds", "memory_gb", "grad_norm"))
+        assert all(
+            x[k] == pytest.approx(y[k], rel=1e-3, abs=1e-5)
+            for k in x
+            if k not in ("seconds", "memory_gb", "grad_norm")
+        )
 
 
 def test_accumulation_equals_the_whole_batch(go):
-    a, b = go("a", "--distill", "none", "--steps", "3"), go("b", "--distill", "none", "--steps", "3", "--accumulate", "2")
+    a, b = (
+        go("a", "--distill", "none", "--steps", "3"),
+        go("b", "--distill", "none", "--steps", "3", "--accumulate", "2"),
+    )
     for name, t in a["model"].items():
         torch.testing.assert_close(b["model"][name], t, rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("adapt", ["visual", "text", "none"])
 def test_adapt(go, adapt):
-    a = go("a", "--adapt", adapt, "--steps", "2", *(["--tpa-steps", "0"] if adapt != "text" else []))
+    a = go(
+        "a", "--adapt", adapt, "--steps", "2", *(["--tpa-steps", "0"] if adapt != "text" else [])
+    )
     torch.manual_seed(0)
-    start = train.segmenter.build("tiny", None, 64, 16).state_dict()
+    start = build("tiny", 64, 16).state_dict()
     changed = {k.split(".")[0] for k, t in a["model"].items() if not torch.equal(t, start[k])}
-    assert changed == {"head"} | {"visual": {"image_encoder"}, "text": {"text_encoder"}, "none": set()}[adapt]
+    assert (
+        changed
+        == {"head"} | {"visual": {"image_encoder"}, "text": {"text_encoder"}, "none": set()}[adapt]
+    )
 
 
 def test_frozen_teacher_and_no_teacher(go):
-    start = train.segmenter.build("tiny", None, 64, 16)
+    start = build("tiny", 64, 16)
     a = go("a", "--distill", "frozen", "--tpa-steps", "0", "--seed", "3")
     torch.manual_seed(3)
-    start = train.segmenter.build("tiny", None, 64, 16).image_encoder.state_dict()
-    assert a["momentum"]["tensors"] and all(torch.equal(t, start[k]) for k, t in a["momentum"]["tensors"].items())
+    start = build("tiny", 64, 16).image_encoder.state_dict()
+    assert a["momentum"]["tensors"] and all(
+        torch.equal(t, start[k]) for k, t in a["momentum"]["tensors"].items()
+    )
     assert go("b", "--distill", "none")["momentum"] is None
 
 
 def test_pooled_distillation_keeps_the_original_as_teacher(go):
-    a, b = go("a", "--distill", "pooled", "--tpa-steps", "0"), go("b", "--distill", "none", "--tpa-steps", "0")
+    a, b = (
+        go("a", "--distill", "pooled", "--tpa-steps", "0"),
+        go("b", "--distill", "none", "--tpa-steps", "0"),
+    )
     torch.manual_seed(0)
-    start = train.segmenter.build("tiny", None, 64, 16).image_encoder.state_dict()
+    start = build("tiny", 64, 16).image_encoder.state_dict()
     assert all(torch.equal(t, start[k]) for k, t in a["momentum"]["tensors"].items())
     name = "image_encoder.visual.transformer.resblocks.3.attn.v_proj_weight"
     assert not torch.equal(a["model"][name], b["model"][name])
@@ -144,7 +248,11 @@ def test_nan_stops_before_the_step_and_names_its_origin(go, tmp_path, monkeypatc
         return loss(*args) * (math.nan if len(calls) == 4 else 1)
 
     monkeypatch.setattr(train, "cpa_loss", poisoned)
-    with pytest.raises(ValueError, match=r"step 4: cpa_loss became NaN or infinite; images .*\.jpg, .*\.jpg; nothing was written after .*last.pt"):
+    with pytest.raises(
+        UserError,
+        match=r"step 4: cpa_loss became NaN or infinite; images .*\.jpg, .*\.jpg; "
+        r"nothing was written after .*last.pt",
+    ):
         go("a")
     good = torch.load(tmp_path / "a" / "last.pt", weights_only=True)
     assert good["step"] == 2 and all(t.isfinite().all() for t in tensors(good).values())
@@ -152,13 +260,34 @@ def test_nan_stops_before_the_step_and_names_its_origin(go, tmp_path, monkeypatc
 
 def test_changed_flags(go, capsys):
     go("a", "--steps", "2")
-    for flags, words in ((["--seed", "1"], "--seed 1 does not go with .*last.pt, which was trained with --seed 0"),
-                         (["--channels", "32"], "--channels 32 does not go"), (["--distill", "frozen"], "--distill frozen does not go")):
-        with pytest.raises(ValueError, match=words):
+    for flags, words in (
+        (["--seed", "1"], "--seed 1 does not go with .*last.pt, which was trained with --seed 0"),
+        (["--channels", "32"], "--channels 32 does not go"),
+        (["--distill", "frozen"], "--distill frozen does not go"),
+    ):
+        with pytest.raises(UserError, match=words):
             go("a", *flags)
-    changed = go("a", "--steps", "4", "--tau", "0.5", "--alpha", "0.5", "--lr", "1e-3", "--weight-decay", "0.25", "--clip-lr-factor", "0.03")
+    changed = go(
+        "a",
+        "--steps",
+        "4",
+        "--tau",
+        "0.5",
+        "--alpha",
+        "0.5",
+        "--lr",
+        "1e-3",
+        "--weight-decay",
+        "0.25",
+        "--clip-lr-factor",
+        "0.03",
+    )
     assert changed["step"] == 4 and changed["momentum"]["alpha"] == 0.5
-    assert [(g["base_lr"], g["weight_decay"]) for g in changed["optimiser"]["param_groups"]] == [(1e-3, 0.25), (1e-3, 0), (pytest.approx(3e-5), 0.25)]
+    assert [(g["base_lr"], g["weight_decay"]) for g in changed["optimiser"]["param_groups"]] == [
+        (1e-3, 0.25),
+        (1e-3, 0),
+        (pytest.approx(3e-5), 0.25),
+    ]
     out = capsys.readouterr().out
     assert "--steps is now 4, was 2" in out and "--tau is now 0.5, was 0.1" in out
 
@@ -166,41 +295,83 @@ def test_changed_flags(go, capsys):
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_broken_image_stops_the_run_with_its_path(folder, tmp_path, workers):
     (folder / "images/train/3.jpg").write_bytes(b"\xff\xd8 no more")
-    done = run("train.py", "--dataset", f"folder:{folder}", "--out", tmp_path / "o", *FAST, "--workers", workers, check=False)
+    done = run(
+        "train.py",
+        "--dataset",
+        f"folder:{folder}",
+        "--out",
+        tmp_path / "o",
+        *FAST,
+        "--workers",
+        workers,
+        check=False,
+    )
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("error: ") and "3.jpg can't be read as an image" in last and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and last.startswith("error: ")
+        and "3.jpg can't be read as an image" in last
+        and "Traceback" not in done.stderr
+    )
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--dataset", "coco-stuff", "--data-root", "/nowhere"], "nothing is in /nowhere/coco-stuff/annotations/train2017, /nowhere/coco/"),
-    (["--batch-size", "3", "--accumulate", "2"], "--batch-size 3 does not divide"),
-    (["--dataset", "toy", "--clip", "ViT-B-16", "--pretrained", "openai"], "use --clip ViT-B-16-quickgelu")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (
+            ["--dataset", "coco-stuff", "--data-root", "/nowhere"],
+            "nothing is in /nowhere/coco-stuff/annotations/train2017, /nowhere/coco/",
+        ),
+        (["--batch-size", "3", "--accumulate", "2"], "--batch-size 3 does not divide"),
+        (
+            ["--dataset", "toy", "--clip", "ViT-B-16", "--pretrained", "openai"],
+            "use --clip ViT-B-16-quickgelu",
+        ),
+    ],
+)
 def test_bad_flags_are_one_sentence(tmp_path, flags, words):
     done = run("train.py", "--out", tmp_path / "o", *flags, check=False)
-    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 1
+        and words in done.stderr
+        and "Traceback" not in done.stderr
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_sigterm_finishes_the_step_and_writes_a_checkpoint(folder, tmp_path):
     out = tmp_path / "o"
-    command = [sys.executable, "train.py", "--dataset", f"folder:{folder}", "--out", out, *FAST, "--steps", "10000", "--save-every", "0", "--workers", "1"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    command = [
+        sys.executable,
+        "train.py",
+        "--dataset",
+        f"folder:{folder}",
+        "--out",
+        out,
+        *FAST,
+        "--steps",
+        "10000",
+        "--save-every",
+        "0",
+        "--workers",
+        "1",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
     while not (out / "log.jsonl").exists() or "total_loss" not in (out / "log.jsonl").read_text():
         assert process.poll() is None
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGTERM)                                                 # as torchrun does: loader processes too
+    os.killpg(process.pid, signal.SIGTERM)  # as torchrun does: loader processes too
     stdout, _ = process.communicate(timeout=30)
     step = torch.load(out / "last.pt", weights_only=True)["step"]
-    assert process.returncode == 130 and step > 0 and f"stopped after step {step} as asked; the same command goes on" in stdout
-
-
-def test_what_may_import_what():
-    """losses and ema know nothing of the project, data only the ignore label; model none of train, data, evaluate; nothing train."""
-    ours = {p.stem for p in ROOT.glob("*.py")}
-
-    def imports(name):
-        nodes = ast.parse((ROOT / f"{name}.py").read_text()).body
-        return {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} & ours | \
-               {n.module for n in nodes if isinstance(n, ast.ImportFrom)} & ours
-
-    assert imports("losses") == imports("ema") == imports("model") == set() and imports("data") == imports("tpa") == {"losses"}
-    assert not any("train" in imports(name) for name in ours)
+    assert (
+        process.returncode == 130
+        and step > 0
+        and f"stopped after step {step} as asked; the same command goes on" in stdout
+    )

@@ -1,0 +1,91 @@
+"""Read whole datasets, to find what is wrong with them before a long run does:
+
+    python -m sources.check ade20k-150 --data-root DIR
+
+prints counts, shares of the classes, and files that are broken or don't match, and writes a report
+and a picture of four samples. Exit status 0 if all can be used, else 1.
+"""
+import argparse
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sources.registry import BENCHMARKS, NAMES, open_dataset
+from support import pictures
+from support.errors import UserError
+
+
+def inspect(dataset, i):
+    """Read one item: (pixels of each label, and of IGNORE at the end; what is wrong with it)."""
+    count = len(dataset.evaluated) + 1
+    try:
+        return np.bincount(dataset.load(i)[1].ravel() % count, minlength=count), ""  # -1 is last
+    except UserError as e:
+        return np.zeros(count, int), str(e)
+
+
+def check(name, split, args):
+    """Read a split, print and write what is in it and what is wrong. Returns if it can be used."""
+    dataset = open_dataset(name, args.data_root, split, args.classes)
+    print(f"{name}, {split}: {len(dataset)} images from {dataset.source}")
+    step = max(1, len(dataset) // args.sample) if args.sample else 1
+    indices = range(0, len(dataset), step)
+    loader = torch.utils.data.DataLoader(indices, None, num_workers=args.workers,
+                                         collate_fn=functools.partial(inspect, dataset))
+    counts, errors = zip(*tqdm(loader, "reading", leave=False))
+    wrong = [error for error in errors if error]
+    good = [i for i, error in zip(indices, errors) if not error]
+    percent = 100 * sum(counts) / max(1, np.sum(counts))
+    share = dict(zip([*dataset.evaluated, "(ignored)"], percent.tolist()))
+    for found in sorted(share, key=share.get, reverse=True)[:15]:
+        print(f"{share[found]:7.2f} % of the pixels  {found}")
+    absent = [found for found in share if share[found] == 0]
+    print(f"{len(absent)} of {len(share)} occur in none of {len(good)} masks: "
+          f"{', '.join(absent[:20]) or '-'}")
+    out = Path(args.out, f"{name}-{split}".replace("/", "_").replace(":", "-"))
+    out.mkdir(parents=True, exist_ok=True)
+    report = dict(dataset=name, split=split, source=dataset.source, images=len(dataset),
+                  read=len(indices), wrong=wrong, warning=dataset.warning, percent_of_pixels=share)
+    (out / "report.json").write_text(json.dumps(report, indent=1))
+    if good:
+        some = good[::max(1, len(good) // 4)][:4]
+        pictures.samples(dataset, some).save(out / "samples.png")
+    if dataset.warning:
+        print(f"warning: {dataset.warning}")
+    verdict = "not usable as it is" if wrong else "usable"
+    print(*wrong, f"{verdict}; see {out}/report.json and samples.png", sep="\n")
+    return not wrong
+
+
+def main():
+    p = argparse.ArgumentParser("python -m sources.check", description="Read whole datasets: exit "
+                                "status 0 if all can be used, else 1.")
+    add = p.add_argument
+    add("names", nargs="+", metavar="NAME", help=", ".join(NAMES))
+    add("--data-root", help="the folder that holds the datasets (default: $RPMD_DATA, else "
+        "$DETECTRON2_DATASETS, else ./datasets)")
+    add("--split", choices=("train", "val"), help="default: both")
+    add("--classes", help="other names: a file, or comma-separated")
+    add("--sample", type=int, default=0, help="read so many images, evenly spread (default: all)")
+    add("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    add("--out", default="out/check", help="for the report and the picture (default: out/check)")
+    args, usable = p.parse_args(), True
+    for name in args.names:
+        has = BENCHMARKS[name].expected if name in BENCHMARKS else ("train", "val")
+        for split in [args.split] if args.split else has:
+            try:
+                usable &= check(name, split, args)
+            except (UserError, OSError) as e:
+                print(f"{name}, {split}: not usable: {e}")
+                usable = False
+    sys.exit(not usable)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The paper's analysis: what becomes of CLIP's features, reference patches above all, in training.
+
+    python -m study pictures --checkpoint out/toy/last.pt
+    python -m study shift --checkpoints out/toy/step-*.pt plain/last.pt
+    python -m study ablate --seeds 8      and likewise curve, spread, sweep
+
+shift compares checkpoints: a run's snapshots (train.py --snapshot-every), or runs with different
+--adapt and --distill. The last four train every row of a table with the same seeds, several runs
+side by side, and write VERB.md, VERB.png and VERB.jsonl, a run a line. The same command goes on
+where it stopped. Further flags are train.py's and hold for every run.
+"""
+import argparse
+from pathlib import Path
+
+from data import NAMES
+from study import compare, shift
+from support.flags import non_negative_int, positive_int
+from support.runs import one_sentence_for_errors, writing_folder
+
+READ = {"pictures": shift.pictures, "shift": shift.shift}
+TRAIN = {"ablate": compare.ablate, "curve": compare.curve, "spread": compare.spread,
+         "sweep": compare.sweep}
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(prog="python -m study", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = p.add_subparsers(required=True, dest="verb")
+    for verb, run in (READ | TRAIN).items():
+        command = verbs.add_parser(verb, help=run.__doc__, description=run.__doc__,
+                                   allow_abbrev=False)
+        command.set_defaults(run=run, dataset="toy", unseen=None)
+        add = command.add_argument
+        out = "out/study" if verb in READ else "out/ablate"
+        add("--out", default=out, help=f"folder for the results (default {out})")
+        if verb == "pictures":
+            add("--checkpoint", required=True, help="of train.py")
+        if verb == "shift":
+            add("--checkpoints", required=True, nargs="+", help="of train.py, whole or snapshots")
+        if verb in READ:
+            add("--dataset", help=", ".join(NAMES))
+            add("--data-root", help="the folder that holds the datasets")
+            add("--split", default="val")
+            add("--classes", help="other names for the classes: a file, or comma-separated")
+            add("--images", type=non_negative_int, default=0,
+                help="how many, evenly spread (default 6 to draw, all to measure)")
+            add("--views", choices=("sliding", "whole"), help="of the head (default whole for toy)")
+            continue
+        seeds, first = (3, 101) if verb == "sweep" else (5, 1)
+        add("--seeds", type=positive_int, default=seeds, help=f"how many (default {seeds})")
+        add("--first-seed", type=non_negative_int, default=first, help=f"default {first}")
+        add("--jobs", type=positive_int, help="runs side by side (default: cores, or one on a GPU)")
+        if verb in ("ablate", "curve"):
+            add("--dataset", help="toy (default), or folder:PATH")
+            add("--unseen", nargs="+", help="names to hold out, comma-separated: a list per split")
+        if verb == "ablate":
+            add("--rows", nargs="+", help="only rows with these words in their name, and plain")
+    args, args.further = p.parse_known_args(argv)
+    if args.further and args.verb in READ:
+        p.error(f"unrecognized arguments: {' '.join(args.further)}")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse()
+    with one_sentence_for_errors(), writing_folder(args.out):
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        args.run(args)

@@ -1,0 +1,139 @@
+"""Checkpoints of a training: written whole or not at all, and taken back bit for bit."""
+import contextlib
+import os
+import shutil
+
+import torch
+
+from support import runs, weights
+from support.errors import UserError, first_line, writing
+
+FIXED = ("dataset", "classes", "unseen", "clip", "pretrained", "init_cat_seg", "image_size",
+         "channels", "adapt", "distill", "batch_size", "seed")  # what cannot change on resume
+
+
+def due(run):
+    """Whether a checkpoint should be written after this step."""
+    args = run.args
+    periods = (args.save_every, args.snapshot_every, args.eval_every)
+    return run.step == args.steps or any(runs.due(n, run.step) for n in periods)
+
+
+def save(run):
+    """last.pt, and the weights alone as step-N.pt where --snapshot-every says so."""
+    if run.rank > 0:
+        return
+    state = dict(config=run.model.config, model=run.model.state_dict(),
+                 original=run.original_weights, step=run.step, args=vars(run.args),
+                 momentum=run.momentum.state_dict() if run.momentum else None,
+                 names=run.train_set.names)
+    if runs.due(run.args.snapshot_every, run.step):
+        write_checkpoint(state, run.out / f"step-{run.step:06d}.pt")
+    write_checkpoint(dict(state, optimiser=run.optimiser.state_dict(), facts=run.facts,
+                          scaler=run.scaler.state_dict()), run.last)
+
+
+def find(run):
+    """What is in the run's last.pt, None where it begins anew. All processes find the same."""
+    state = None
+    if run.last.exists() and not run.args.restart:
+        state = weights.read_checkpoint(run.last)
+    runs.agree_on(state.get("step") if state else None,
+                  f"--out {run.out} should be one folder for all nodes: the step of {run.last}")
+    return state
+
+
+def resume(run, state):
+    """Take back what a checkpoint holds, and the log up to it. Flags that may change hold from here
+    on. Raises UserError."""
+    args = run.args
+    rates = [(group["base_lr"], group["weight_decay"]) for group in run.optimiser.param_groups]
+    with going_on_from(run.last):
+        compare_flags(args, state, run.train_set.names, run.last, run.say)
+        if state["step"] > args.steps:
+            raise UserError(f"{run.last} has {state['step']} steps, more than --steps "
+                            f"{args.steps}: use another --out, or --restart")
+        run.step = state["step"]
+        run.facts = state["facts"]
+        weights.load_state(run.model, state["model"], run.last)
+        run.optimiser.load_state_dict(state["optimiser"])
+        for group, (base_lr, weight_decay) in zip(run.optimiser.param_groups, rates):
+            group["base_lr"] = base_lr
+            group["weight_decay"] = weight_decay
+        if state["scaler"] and run.scaler.is_enabled():
+            run.scaler.load_state_dict(state["scaler"])
+        if run.momentum:
+            alpha = run.momentum.alpha
+            run.momentum.load_state_dict(state["momentum"])
+            run.momentum.alpha = alpha
+    # the last evaluation is about to come again
+    lines = [line for line in runs.read_log(run.log.path) if line["step"] <= run.step
+             and not (line["step"] == args.steps and "mIoU_union" in line)]
+    run.log.begin(lines)
+    if run.step == args.steps:
+        run.say(f"{run.last} is complete: evaluating it again; --restart trains anew")
+    else:
+        run.say(f"going on from {run.last} at step {run.step}")
+
+
+def check_space(run):
+    """Raises UserError if the disk has no room for two whole checkpoints: weights, and of what
+    trains a momentum, an original and two averages of AdamW's."""
+    trained = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
+    needed = 2 * (sum(t.nbytes for t in run.model.state_dict().values()) + 4 * trained)
+    free = shutil.disk_usage(run.out).free
+    if free < needed:
+        raise UserError(f"--out {run.out} has {free / 1e6:,.0f} MB left, and needs "
+                        f"{needed / 1e6:,.0f}")
+
+
+def write_checkpoint(contents, path):
+    """Write a checkpoint whole or not at all: under another name, down to the disk, then renamed.
+    Raises UserError."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with writing(path), temporary.open("wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def going_on_from(path):
+    """What goes wrong while a checkpoint's content is taken over becomes a UserError that names the
+    file, which may be a stranger's, or damaged."""
+    try:
+        yield
+    except Exception as e:
+        sentence = first_line(e)
+        if not isinstance(e, ValueError):
+            sentence = f"{type(e).__name__}: {sentence}"
+        if str(path) not in sentence:
+            sentence = f"training can't go on from {path} ({sentence})"
+        raise UserError(sentence) from e
+
+
+def compare_flags(args, state, names, path, say):
+    """Refuse to go on from a checkpoint under another model or order of data; list other changes.
+
+    args: the flags now. state: the checkpoint. names: the classes of the training data.
+    """
+    if not {"args", "step", "optimiser", "facts", "names"} <= state.keys():
+        raise UserError(f"{path} is no checkpoint that training can go on from: "
+                        "use another --out, or --restart")
+    if state["names"] != names:
+        raise UserError(f"{path} was trained with other classes ({len(state['names'])}, such as "
+                        f"{state['names'][0]!r}) than --dataset {args.dataset} has now "
+                        f"({len(names)}): use another --out, or --restart")
+    before, now = state["args"], vars(args)
+    changed = [name for name in now if before.get(name) != now[name]]
+    for name in sorted(changed, key=lambda name: name not in FIXED):
+        flag = "--" + name.replace("_", "-")
+        if name in FIXED:
+            raise UserError(f"{flag} {now[name]} does not go with {path}, which was trained with "
+                            f"{flag} {before.get(name)}: use another --out, or --restart")
+        if name not in ("out", "restart", "timeout", "tpa_steps", "tpa_lr"):
+            say(f"{flag} is now {now[name]}, was {before.get(name)}")

@@ -1,0 +1,39 @@
+"""What is wrong with a user's input, in one sentence that names the path or the flag.
+
+A UserError is shown without a traceback (`runs.one_sentence_for_errors`); every other exception is
+a mistake of this project's, and keeps its own.
+"""
+import contextlib
+
+
+class UserError(ValueError):
+    """What the user can mend: data, a checkpoint, a flag, a disk. Its text is one sentence."""
+
+
+def first_line(error):
+    """The first line of an exception's text, cut to 300 characters, or the exception's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+@contextlib.contextmanager
+def reading(path, kind):
+    """Whatever a decoder stumbles over in a broken file, and raises, becomes a UserError."""
+    try:
+        yield
+    except ImportError as e:
+        raise UserError(f"{path} needs a package to be read: pip install {e.name}") from e
+    except Exception as e:
+        what = " ".join(str(e).split()) or type(e).__name__
+        if isinstance(e, KeyError):
+            what = f"there is no {e} in it"
+        raise UserError(f"{path} can't be read as {kind} ({what[:200]})") from e
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Gives the path; what goes wrong while it is written becomes a UserError that names it."""
+    try:
+        yield path
+    except (OSError, RuntimeError) as e:  # torch.save raises either
+        raise UserError(f"{path} can't be written ({first_line(e)}); "
+                        "the last good checkpoint stays as it is") from e

@@ -1,0 +1,239 @@
+"""Keeping a run alive: its processes, its folder, checkpoints and log, and how it ends when
+something goes wrong."""
+import contextlib
+import fcntl
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from support.errors import UserError, writing
+
+control = None  # process group for small messages between CPUs, whatever the devices
+roll_call = None  # another one, which says who is missing when a collective has failed
+
+
+def start_processes(minutes):
+    """Join torchrun's process group, if there is one. Returns (rank, number of processes, device).
+
+    minutes: how long a process waits for the others before it gives up.
+    """
+    global control, roll_call
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        timeout = timedelta(minutes=minutes)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout)
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        roll_call = dist.new_group(backend="gloo", timeout=timeout)
+    return rank, world, device
+
+
+def anyone(asks):
+    """Whether any process asks. Once a step, it is also where a process that hangs is missed."""
+    if control is None:
+        return asks
+    answer = torch.tensor(int(asks))
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=control)
+    return bool(answer)
+
+
+def agree_on(value, what):
+    """Raises UserError when the processes do not all have the same value."""
+    if control is not None:
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=control)
+        if len(set(values)) > 1:
+            different = sorted(set(values), key=str)
+            raise UserError(f"{what} differs between processes: {different}")
+
+
+def leave_process_group(worker):
+    """For loader processes: signals to the whole process group (Ctrl-C, torchrun's SIGTERM) are the
+    training process's to answer; its loaders end when it ends them."""
+    os.setpgrp()
+
+
+def autocast(device, precision):
+    """Mixed precision on a device; fp32 leaves everything as it is."""
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def peak_memory(device):
+    """The most memory this process has held so far, in GB: of the GPU's, or resident."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes there, kilobytes elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
+
+
+@contextlib.contextmanager
+def one_sentence_for_errors():
+    """A UserError ends this process with its sentence instead of a traceback (RPMD_TRACEBACK=1 in
+    the environment brings it back), and so does losing contact with another process. Any other
+    exception keeps its traceback."""
+    try:
+        yield
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except UserError as e:
+        if os.environ.get("RPMD_TRACEBACK"):
+            raise
+        text = str(e).strip()
+        if text.startswith("Caught "):  # in a loader process, whose traceback comes before it
+            text = text.splitlines()[-1].partition(": ")[2]
+        leave(f"error: {text}")
+    except RuntimeError as e:
+        if control is None or not re.search("gloo|nccl", str(e), re.IGNORECASE):
+            raise
+        leave(f"error: rank {dist.get_rank()} lost contact with {who_is_missing()}")
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def leave(sentence):
+    """End with exit status 1. With others around, at once: their collectives would keep this
+    process's threads waiting. torchrun's summary repeats what is in its error file."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        about = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(error_file).write_text(json.dumps({"message": about}))
+    if control is None:
+        sys.exit(sentence)
+    print(sentence, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def who_is_missing():
+    """After a collective failed: which process hangs, found out by those that do not."""
+    try:
+        dist.monitored_barrier(roll_call, timedelta(seconds=5), wait_all_ranks=True)
+    except RuntimeError as e:
+        hanging = re.search(r"Ranks? ([\d, ]+) failed", str(e))
+        if hanging:
+            return f"rank {hanging[1]}, which hangs"
+    return "another, which has ended: see its error, or torchrun's summary"
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM ask for a stop after the running step, a second Ctrl-C ends the process;
+    where nothing is lost (at_once), they raise KeyboardInterrupt."""
+
+    def __init__(self, at_once=False):
+        self.asked = False
+        self.at_once = at_once
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        if self.at_once:
+            raise KeyboardInterrupt
+        if self.asked and number == signal.SIGINT:
+            # not an exception: it would tear a backward pass apart, and the interpreter with it
+            os.write(2, b"stopped\n")
+            os._exit(130)
+        self.asked = True
+
+    @contextlib.contextmanager
+    def right_now(self, at_once=True):
+        """Around what may take minutes and can be repeated."""
+        before = self.at_once
+        self.at_once = at_once
+        yield
+        self.at_once = before
+
+
+def due(n, step):
+    """Whether step is a multiple of n and not 0; never when n is 0."""
+    return n > 0 and step > 0 and step % n == 0
+
+
+@contextlib.contextmanager
+def only_run_in(out):
+    """Make the folder of a run and keep other runs out of it. The operating system's lock ends with
+    its holder, process 0, however that ends. Raises UserError, which names the holder."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        yield
+        return
+    with writing_folder(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        raise UserError(f"--out {out} is in use by {holder}: use another --out, or wait") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    for leftover in out.glob("*.tmp"):  # of a process that was killed
+        leftover.unlink()
+    with lock:
+        yield
+
+
+@contextlib.contextmanager
+def writing_folder(out):
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"--out {out} can't be written to ({e.strerror})") from e
+
+
+class Log:
+    """A file of JSON lines, which process 0 writes and all remember. Raises UserError."""
+
+    def __init__(self, path, rank):
+        self.path = path
+        self.rank = rank
+        self.lines = []
+
+    def begin(self, lines):
+        """Begin the file anew with these lines; it is never without the old ones."""
+        self.lines = list(lines)
+        if self.rank == 0:
+            temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+            with writing(self.path):
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+                temporary.replace(self.path)
+
+    def append(self, **line):
+        self.lines.append(line)
+        if self.rank == 0:
+            with writing(self.path), self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def read_log(path):
+    """The lines of a log.jsonl; one that a power cut left unfinished is dropped."""
+    lines = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(line))
+    return lines
+
+
+def write_json(contents, path):
+    """Write a file, its folder if need be. Returns the path. Raises UserError."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(contents, indent=1))
+    return path

@@ -1,0 +1,128 @@
+"""Does a test fail when the method is wrong? By hand:
+
+    python tests/mutations.py            every mutation below, 10 to 90 seconds each
+    python tests/mutations.py ema spd    those with one of these words in their name
+
+Each is made in a copy of the project, and the tests named beside it run there until one fails. A
+mutation that all of them survive is printed, and the exit status is 1.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MUTATIONS = [  # name, file, what stands there, what is put there, the tests that should fail
+    ("SPD with the wrong sign", "losses.py", "(patches - momentum_patches.detach())",
+     "(patches + momentum_patches.detach())", "losses"),
+    ("SPD without its detach", "losses.py", "(patches - momentum_patches.detach())",
+     "(patches - momentum_patches)", "losses"),
+    ("SPD over all images", "losses.py", "per_image.sum() / mask.any(-1).sum().clamp(min=1)",
+     "per_image.mean()", "losses"),
+    ("SPD on raw features where unit vectors are asked for", "losses.py", "    if normalise:\n",
+     "    if False:\n", "losses"),
+    ("Eq. (1) by the largest dot product", "losses.py", "T = F.normalize(text, dim=-1)\n    named",
+     "T = text\n    named", "losses"),
+    ("CPA's prototypes with a gradient", "losses.py", "F.normalize(prototypes.detach(), dim=-1)",
+     "F.normalize(prototypes, dim=-1)", "losses"),
+    ("CPA with an inverse temperature", "losses.py", "V, P) / tau", "V, P) * tau", "losses"),
+    ("CPA's denominator over all classes", "losses.py", "masked_fill(~valid[:, None, :], lowest)",
+     "masked_fill(valid[:, None, :] & False, lowest)", "losses"),
+    ("Q without being correct", "losses.py", "q = correct & (labels != ignore)",
+     "q = (labels != ignore)", "losses"),
+    ("lambdas swapped", "losses.py", "lambda_spd * spd + lambda_cpa * cpa",
+     "lambda_cpa * spd + lambda_spd * cpa", "losses"),
+    ("prototypes that are sums", "losses.py", " / count.clamp(min=1)\n    return prototypes",
+     "\n    return prototypes", "losses"),
+    ("L_SEG with the wrong sign at the label", "losses.py", "- at_label.sum()",
+     "+ at_label.sum()", "losses"),
+    ("patch label: the rarest", "losses.py", "count.argmax(-1", "count.argmin(-1", "losses"),
+    ("reference patches of the target", "train.py", "mask = reference_mask(momentum_patches",
+     "mask = reference_mask(patches", "train"),
+    ("Q of the teacher", "train.py", "correct = reference_mask(patches, text, labels)\n    cpa",
+     "correct = reference_mask(momentum_patches, text, labels)\n    cpa", "train"),
+    ("prototypes of the target", "train.py", "class_prototypes(momentum_patches",
+     "class_prototypes(patches", "train"),
+    ("processes weighed alike", "train.py", "share * loss for", "loss for", "train"),
+    ("SPD weighed by Q's images", "train.py", "mask.any(-1).sum(), q.any(-1).sum()]",
+     "q.any(-1).sum(), q.any(-1).sum()]", "train"),
+    ("gradients never averaged", "train.py", "if now or unwrap", "if unwrap", "train"),
+    ("resume repeats a batch", "train.py", "run.batches(run.crops, run.step * args.accumulate,",
+     "run.batches(run.crops, max(0, run.step - 1) * args.accumulate,", "train"),
+    ("the learning rate a step late", "train.py", "set_learning_rate(optimiser, run.step - 1,",
+     "set_learning_rate(optimiser, run.step,", "train"),
+    ("accumulated gradients not averaged", "train.py", "loss / args.accumulate).backward",
+     "loss).backward", "train"),
+    ("momentum never updated", "train.py", "            momentum.update()", "            pass",
+     "train"),
+    ("the step before the check for NaN", "train.py",
+     "        refuse_non_finite(run, figures, grad_norm, paths)\n        scaler.step(optimiser)\n",
+     "        scaler.step(optimiser)\n        refuse_non_finite(run, figures, grad_norm, paths)\n",
+     "train"),
+    ("EMA with alpha swapped", "ema.py", "mul_(self.alpha).add_(target, alpha=1 - self.alpha)",
+     "mul_(1 - self.alpha).add_(target, alpha=self.alpha)", "ema"),
+    ("EMA in training mode", "ema.py", ".eval().requires_grad_", ".requires_grad_", "ema"),
+    ("EMA that shares what trains", "ema.py", " if not p.requires_grad}", "}", "ema"),
+    ("EMA with stale buffers", "ema.py", "            average.copy_(target)", "            pass",
+     "ema"),
+    ("TPA without its scale", "tpa.py", "scale * torch.einsum", "torch.einsum", "tpa"),
+    ("TPA without the others' gradients", "tpa.py", "(loss, count, *(p.grad for p in params))",
+     "(loss, count)", "train"),
+    ("each position's own residual", "model.py", "x[:, :1] if class_token_residual else x", "x",
+     "model"),
+    ("padding counted once", "model.py", "return copies * torch", "return torch", "model"),
+    ("no mask for shifted windows", "model.py", "return -100.0 * (region", "return 0.0 * (region",
+     "model"),
+    ("guidance only once per pair of kernels", "model.py", "bias, guidance], 1)",
+     "bias * 0, guidance], 1)", "model"),
+    ("k trains", "model.py", "attention.v_proj_weight.requires_grad =",
+     "attention.k_proj_weight.requires_grad =", "model weights"),
+    ("windows without the whole", "evaluate.py", "return (total / count + whole) / 2",
+     "return total / count", "evaluate"),
+    ("mIoU over all classes", "evaluate.py", "iou[chosen & labelled]", "iou[chosen]", "evaluate"),
+    ("an image counted by every process", "evaluate.py", "range(rank, len(dataset), world)",
+     "range(0, len(dataset))", "evaluate"),
+    ("processes that see the same crops", "data.py", "(step * world + rank) * batch_size",
+     "(step * world) * batch_size", "data"),
+    ("the same augmentation for every draw", "data.py", "(self.seed, 1, draw)", "(self.seed, 1)",
+     "data"),
+    ("labels not flipped with the image", "data.py", "pixel_labels = pixel_labels[:, ::-1]", "pass",
+     "data"),
+    ("a resumed optimiser that begins anew", "support/checkpoints.py",
+     'run.optimiser.load_state_dict(state["optimiser"])', "pass", "train"),
+    ("a resumed momentum encoder that begins anew", "support/checkpoints.py",
+     'run.momentum.load_state_dict(state["momentum"])', "pass", "train"),
+]
+
+
+def survives(name, file, before, after, tests):
+    """Whether all the tests pass in a copy of the project with this mutation."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "project")
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "out", "__pycache__"))
+        text = (copy / file).read_text()
+        assert text.count(before) == 1, f"{name}: {file} has {text.count(before)} of {before!r}"
+        (copy / file).write_text(text.replace(before, after))
+        files = [f"tests/test_{test}.py" for test in tests.split()]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+        return subprocess.run(command, cwd=copy, capture_output=True).returncode == 0
+
+
+def main():
+    words = [word.casefold() for word in sys.argv[1:]]
+    chosen = [m for m in MUTATIONS if not words or any(w in m[0].casefold() for w in words)]
+    alive = []
+    for mutation in chosen:
+        begin = time.time()
+        alive += [mutation[0]] if survives(*mutation) else []
+        verdict = "SURVIVED" if mutation[0] in alive else "caught"
+        print(f"{verdict:8} {time.time() - begin:4.0f} s  {mutation[0]}", flush=True)
+    print(f"{len(chosen) - len(alive)} of {len(chosen)} mutations caught")
+    sys.exit(bool(alive))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Pictures: colours that can be told apart, nothing cut off, every size and mode of picture."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image, ImageCms
+
+from losses import IGNORE
+from sources import toy
+from sources.benchmarks import CLASSES
+from sources.registry import read_names
+from support import pictures
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The matplotlib figures that are saved, in order."""
+    saved = []
+    save = Figure.savefig
+
+    def keep(figure, *arguments, **options):
+        save(figure, *arguments, **options)
+        saved.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return saved
+
+
+@pytest.mark.parametrize("names, apart", [("toy", 10), ("voc-20.txt", 10), ("coco-stuff.txt", 3)])
+def test_colours_can_be_told_apart(names, apart):
+    """In CIELAB, where 2.3 is just noticeable; and from black, which is void."""
+    names = toy.NAMES if names == "toy" else read_names(CLASSES / names)
+    rgb = np.array([pictures.VOID, *pictures.colours(tuple(names)).values()], np.uint8)
+    srgb, lab = (ImageCms.createProfile(space) for space in ("sRGB", "LAB"))
+    to_lab = ImageCms.buildTransform(srgb, lab, "RGB", "LAB")
+    lab = np.asarray(ImageCms.applyTransform(Image.fromarray(rgb[None]), to_lab), float)[0]
+    light, a, b = lab.T
+    lab = np.stack([light * 100 / 255, (a + 128) % 256, (b + 128) % 256], -1)
+    distance = np.sqrt(((lab[:, None] - lab) ** 2).sum(-1)) + 1e9 * np.eye(len(lab))
+    assert distance.min() > apart and len(rgb) == len(names) + 1
+
+
+def test_a_name_keeps_its_colour():
+    few, many = ("cat", "sofa", "wooden floor"), ("sofa", "wooden floor", "zebra", "cat")
+    without_zebra = {n: c for n, c in pictures.colours(many).items() if n != "zebra"}
+    assert pictures.colours(few) == without_zebra
+    assert pictures.colours(("cat", "dog"))["dog"] == (150, 63, 171)  # as in docs/
+    painted = np.asarray(pictures.paint(np.array([[0, 1], [IGNORE, 2]]), few))
+    assert tuple(painted[0, 1]) == pictures.colours(few)["sofa"]
+    assert tuple(painted[1, 0]) == pictures.VOID
+
+
+def test_a_legend_names_areas_largest_first():
+    labels = np.array([[2, 2, 2, 0], [2, 2, 0, IGNORE]])
+    names = ("a", "b", "c\nd")
+    entries = pictures.legend_entries(names, labels, shares=True)
+    assert [text for text, _ in entries] == ["71.4 % c d", "28.6 % a"]
+    assert entries[0][1] == pictures.colours(names)["c\nd"]
+    assert [text for text, _ in pictures.legend_entries(names, labels, labels)] == ["c d", "a"]
+    assert pictures.legend_entries(names, np.full((2, 2), IGNORE), shares=True) == []
+
+
+@pytest.mark.parametrize("width", [60, 200, 900])
+def test_a_legend_cuts_nothing_off(width):
+    """The outermost pixels stay white; names wider than the strip end in an ellipsis."""
+    names = ("cat", "a name " * 12, "дом", "sofa", "x" * 300)
+    strip = np.asarray(pictures.legend([(name, (9, 99, 9)) for name in names], width))
+    assert strip.shape[1] == width
+    for edge in (strip[0], strip[-1], strip[:, 0], strip[:, -1]):
+        assert (edge == 255).all()
+    boxes = (strip == (9, 99, 9)).all(-1)
+    assert boxes.sum() >= 5 * 13**2  # all five are there
+
+
+@pytest.mark.parametrize(
+    "size, drawn",
+    [
+        ((100, 80), (500, 400)),
+        ((1, 1), (480, 480)),
+        ((479, 600), (958, 1200)),
+        ((1200, 900), (1200, 900)),
+        ((3, 700), (6, 1400)),
+        ((1, 3000), (1, 3000)),
+        ((3000, 1), (3000, 1)),
+        ((1, 90_000), (1, 30_000)),
+        ((90_000, 30), (30_000, 10)),
+    ],
+)
+def test_a_segmentation_is_readable_at_any_size(size, drawn):
+    """Enlarged where it is small, yet never a sheet of gigabytes for a strip of pixels."""
+    width, height = size
+    labels = np.zeros((height, width), np.int64)
+    labels[:, width // 2 :] = 1
+    names = ("left", "right")
+    sheet = np.asarray(pictures.segmentation(Image.new("RGB", size, "gray"), labels, names))
+    assert sheet.shape[1] == max(480, drawn[0])
+    assert drawn[1] < sheet.shape[0] <= drawn[1] + 30 + drawn[0] // 20
+    assert (sheet[: drawn[1], drawn[0] :] == 255).all()
+    found = pictures.colours(names)
+    left, right = (0.45 * 128 + 0.55 * np.array(found[name]) for name in names)
+    assert abs(sheet[0, drawn[0] - 1] - right).max() <= 2
+    assert width == 1 or abs(sheet[0, 0] - left).max() <= 2
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (1, 1), (500, 375)])
+def test_a_sheet_stays_a_sheet_whatever_its_pictures(size):
+    labels = np.zeros(size[::-1], np.int64)
+    sheet = pictures.comparison(Image.new("RGB", size), labels, labels, ["thing"])
+    assert sheet.width == 3 * 488 + 8 and sheet.height < 1600
+    if size == (500, 375):
+        assert sheet.height == 26 + 360 + 8 + 29
+
+
+def test_highlight_dims_the_rest():
+    image = Image.new("RGB", (8, 4), "black")
+    bright = np.asarray(pictures.highlight(image, np.array([[True, False]])))[..., 0]
+    assert (bright[:, :4] == 0).all() and (bright[:, 4:] > 200).all()
+
+
+# Plots
+
+
+def write(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def curves_in(figure):
+    return {ax.get_title(): [line.get_label() for line in ax.get_lines()] for ax in figure.axes}
+
+
+STEP = dict(step=1, total_loss=1, segmentation_loss=1, spd_loss=0, cpa_loss=0, reference_share=0.5)
+
+
+def test_curves_of_a_run_that_has_just_begun(tmp_path, figures):
+    path = tmp_path / "curves.png"
+    pictures.curves(write(tmp_path / "log.jsonl", STEP), path)
+    assert Image.open(path).width > 900
+    assert curves_in(figures[0]) == {
+        "losses": ["segmentation_loss", "spd_loss", "cpa_loss"],
+        "reference patches": ["reference_share"],
+    }
+
+
+def test_curves_of_plain_fine_tuning(tmp_path, figures):
+    """It logs nothing of distillation; and a score may have no value."""
+    log = write(
+        tmp_path / "log.jsonl",
+        dict(step=1, total_loss=1, segmentation_loss=1),
+        dict(step=1, mIoU_ground_truth=3, seen=5, unseen=None, harmonic=None),
+        dict(step=2, total_loss=1, segmentation_loss=0.5),
+        dict(step=2, mIoU_ground_truth=3, seen=6, unseen=1, harmonic=2),
+    )
+    log.write_text(log.read_text() + '{"step": 3, "total')  # the power went
+    pictures.curves(str(log), tmp_path / "curves.png")
+    found = {"losses": ["segmentation_loss"], "evaluation": ["seen", "unseen", "harmonic"]}
+    assert curves_in(figures[0]) == found
+    assert figures[0].axes[0].get_lines()[0].get_xydata().tolist() == [[1, 1], [2, 0.5]]
+    assert figures[0].axes[1].get_lines()[1].get_xydata().tolist() == [[2, 1]]
+
+
+def test_curves_of_a_run_without_unseen_classes(tmp_path, figures):
+    log = write(tmp_path / "log.jsonl", STEP, dict(step=1, mIoU_ground_truth=30))
+    pictures.curves(log, tmp_path / "curves.png")
+    assert curves_in(figures[0])["evaluation"] == ["mIoU_ground_truth"]
+
+
+def test_curves_of_nothing(tmp_path):
+    pictures.curves(write(tmp_path / "log.jsonl"), tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").width > 1000
+
+
+@pytest.mark.parametrize("x", [[-1e-17, 0.0], [-2e-8, 3e-9], [-0.0], [-1e-3, 2e-3, -1e-12]])
+def test_no_tick_says_minus_nothing(tmp_path, figures, x):
+    pictures.save_plot(tmp_path / "plot.png", [("", "", "", [("", x, x, "o")])])
+    (ax,) = figures[0].axes
+    texts = [text.get_text() for text in (*ax.get_xticklabels(), *ax.get_yticklabels())]
+    assert texts and not [text for text in texts if re.fullmatch(r"[-−]0(\.0*)?", text)]
+
+
+def test_differences_of_one_seed_and_of_many(tmp_path, figures):
+    many = {"mean": 1.5, "low": -2.0, "high": 5.0, "above": 2, "n": 2, "each": [1.0, 2.0]}
+    one = {"mean": 1.0, "low": None, "high": None, "above": 1, "n": 1, "each": [1.0]}
+    panels = {score: {"many": many, "one": one} for score in ("seen", "unseen")}
+    pictures.differences(tmp_path / "plot.png", panels)
+    for ax in figures[0].axes:
+        dots, interval, lone_dot, no_interval, _ = (line.get_xydata() for line in ax.get_lines())
+        assert dots.tolist() == [[1, 0], [2, 0]] and lone_dot.tolist() == [[1, 1]]
+        assert interval.tolist() == [[-2, 0], [1.5, 0], [5, 0]]
+        assert np.isnan(no_interval[[0, 2], 0]).all() and no_interval[1].tolist() == [1, 1]
+    names = [text.get_text() for text in figures[0].axes[0].get_yticklabels()]
+    assert names == ["many", "one"] and figures[0].axes[0].yaxis_inverted()
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_trade_off_is_means_and_errors_without_what_worlds_differ_by(tmp_path, figures, seeds):
+    rng = np.random.default_rng(0)
+    values = rng.normal(40, 5, (2, 2, seeds, 2))  # [methods,rates,seeds,2]
+
+    def row(name, scores):
+        keys = ("seen", "unseen")
+        means = {key: {"mean": mean} for key, mean in zip(keys, scores.mean(0))}
+        each = {seed: dict(zip(keys, one)) for seed, one in enumerate(scores)}
+        return {"row": name, "seeds": each, **means}
+
+    methods = {
+        name: [(rate, row(name, scores)) for rate, scores in zip(("0.1", "1"), of_method)]
+        for name, of_method in zip(("plain", "RPMD"), values)
+    }
+    start = row("CLIP", values[0, 0])
+    pictures.trade_off(tmp_path / "plot.png", methods, [start])
+    (ax,) = figures[0].axes
+    assert [text.get_text() for text in ax.texts] == ["0.1", "1"] * 2
+    level = np.mean([values[m, r] for m in range(2) for r in range(2)], 0)
+    for m, container in enumerate(ax.containers):
+        line, _, (across, up) = container
+        for r in range(2):
+            own = values[m, r] - level
+            error = own.std(0, ddof=1 if seeds > 1 else 0) / seeds**0.5
+            mean = values[m, r].mean(0)
+            np.testing.assert_allclose(line.get_xydata()[r], mean)
+            for bars, axis in ((across, 0), (up, 1)):
+                low, high = np.array(bars.get_segments()[r])[:, axis]
+                np.testing.assert_allclose([low, high], mean[axis] + [-error[axis], error[axis]])

@@ -7,6 +7,7 @@
 Every image is evaluated once, whatever the number of processes. Tables are also written, to
 eval/DATASET.json beside the checkpoint; a picture's labels to photo.seg.png beside the picture.
 """
+import support.signals  # noqa: F401, first: it answers Ctrl-C while the rest is imported
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 import data
 from losses import IGNORE
-from sources.readers import read_image, upright_rgb
+from sources.readers import as_image, read_image
 from support import labelling, runs, weights
 from support.command_line import parse_evaluation
 from support.errors import UserError
@@ -113,14 +114,16 @@ def label_map(model, image, text, **options):
 
 
 def segment(model, image, names, **options):
-    """Label every pixel of a PIL image with one of the names, a list of strings. Returns int64
-    [H,W], indices into names. options: those of `class_scores`; sliding=False looks only once."""
+    """Label every pixel of an image (a path, a PIL image, or uint8 [H,W,3]) with one of the names,
+    a list of strings. Returns int64 [H,W], indices into names. options: those of `class_scores`;
+    sliding=False looks only once. Raises UserError."""
     if isinstance(names, str) or not names:
-        raise ValueError(f"names should be a list of at least one class name, not {names!r}")
+        raise UserError(f"names should be a list of at least one class name, not {names!r}")
+    names = data.read_names(names, "the list of names")
     model.eval()
     with torch.inference_mode():
         text = model.encode_text(model.tokenize(names))
-    return label_map(model, upright_rgb(image), text, **options)
+    return label_map(model, as_image(image), text, **options)
 
 
 def confusion_matrix(prediction, pixel_labels, num_classes):

@@ -58,6 +58,9 @@ def spd_loss(patches, momentum_patches, mask, normalise=False):
     patches of an image, then over the images that have one; 0 (with zero gradient) when none has.
     No gradient reaches momentum_patches.
     """
+    if not patches.shape == momentum_patches.shape == (*mask.shape, patches.shape[-1]):
+        raise ValueError(f"momentum_patches {list(momentum_patches.shape)} and mask "
+                         f"{list(mask.shape)} do not fit patches {list(patches.shape)}")
     if normalise:
         patches = F.normalize(patches, dim=-1)
         momentum_patches = F.normalize(momentum_patches, dim=-1)
@@ -95,6 +98,8 @@ def contrast_mask(valid, labels, correct, ignore=-1):
     valid [B,K] from `class_prototypes`; labels [B,L]; correct bool [B,L]: `reference_mask` of the
     target patches. Returns bool [B,L].
     """
+    if not labels.is_cuda and ((labels < ignore) | (labels >= valid.shape[1])).any():
+        raise ValueError(f"labels should lie in {ignore}..{valid.shape[1] - 1}")  # no wait on a GPU
     return correct & (labels != ignore) & valid.gather(1, labels.clamp(min=0))
 
 
@@ -108,6 +113,8 @@ def cpa_loss(patches, prototypes, valid, labels, correct, tau, ignore=-1):
     Returns a scalar: the mean over Q in each image, then over the images whose Q is not empty; 0
     (with zero gradient) when all are. No gradient reaches the prototypes.
     """
+    if not labels.is_cuda and ((labels < ignore) | (labels >= valid.shape[1])).any():
+        raise ValueError(f"labels should lie in {ignore}..{valid.shape[1] - 1}")
     V = F.normalize(patches, dim=-1)
     P = F.normalize(prototypes.detach(), dim=-1)
     logits = torch.einsum("bld,bkd->blk", V, P) / tau  # [B,L,K]

@@ -11,6 +11,7 @@ line is in the docstring.
 
 B images, L = H*W patches, K classes, D width of the joint embedding, C = 128 channels of the head.
 """
+import functools
 import math
 
 import open_clip
@@ -160,11 +161,16 @@ class TextEncoder(nn.Module):
         return F.normalize(self.ln_final(x) @ self.text_projection, dim=-1)
 
 
+@functools.cache
+def make_tokenizer(context_length):
+    return open_clip.tokenizer.SimpleTokenizer(context_length=context_length)
+
+
 def tokenize(names, context_length=77, prompt=PROMPT):
     """K class names in a prompt -> tokens [K,n], n being the longest one's length. Of
     comma-separated synonyms the first counts."""
     prompts = [prompt.format(name.split(",")[0].strip()) for name in names]
-    tokens = open_clip.tokenizer.SimpleTokenizer(context_length=context_length)(prompts)
+    tokens = make_tokenizer(context_length)(prompts)
     longest = tokens.argmax(-1).max() + 1
     return tokens[:, :longest]
 

@@ -11,6 +11,7 @@ An interrupted run goes on where it stopped when the same command is given again
 in --out, by default out/DATASET: log.jsonl (a line per logged step), last.pt (checkpoint),
 results.json, curves.png, examples.png.
 """
+import support.signals  # noqa: F401, first: it answers Ctrl-C while the rest is imported
 import contextlib
 import math
 import sys
@@ -47,7 +48,7 @@ RECIPE = {  # flag: default with a real CLIP, with --clip tiny, what it may be, 
     "clip-grad": (0.01, 0.1, positive, CAT_SEG, "largest norm of the gradient"),
     "image-size": (384, 64, positive_int, CAT_SEG, "side of the training crops"),
     "channels": (128, 32, positive_int, CAT_SEG, "width of the head"),
-    "prior": (0.0, 0.08, below_one, CAT_SEG, "frequency of a class the head starts from, 0: none"),
+    "prior": (0.0, 0.08, below_one, OURS, "frequency of a class the head starts from, 0: none"),
     "jitter": (1.0, 0.2, non_negative, CAT_SEG, "strength of the colour jitter, 1 is SSD's"),
     "lambda-spd": (1.0, 0.1, non_negative, OURS, "weight of SPD, Eq. (6)"),
     "lambda-cpa": (1.0, 0.1, non_negative, OURS, "weight of CPA, Eq. (6)"),
@@ -66,6 +67,7 @@ FIGURES = ("segmentation_loss", "spd_loss", "cpa_loss", "pooled_loss", "total_lo
 
 
 def parse(argv=None):
+    """Every flag, with its default filled in."""
     return parse_training(__doc__, RECIPE, data.NAMES, argv)
 
 
@@ -166,6 +168,8 @@ class Run:
         for split, dataset in (("training", self.train_set), ("validation", self.val_set)):
             self.say(f"{args.dataset}: {len(dataset)} {split} images of {len(dataset.names)} "
                      f"classes, from {dataset.source}")
+            if dataset.warning:
+                self.say(f"warning: {dataset.warning}")
         self.crops = data.TrainingCrops(self.train_set, args.image_size, args.seed, args.jitter)
 
         self.model = build_model(args, self.rank).to(self.device)
@@ -210,17 +214,13 @@ def build_model(args, rank):
 
 def build_optimiser(model, args):
     """AdamW: head at --lr, CLIP at --clip-lr-factor of it, no weight decay on norms."""
-    norms = set()
-    for module in model.head.modules():
-        if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-            norms.update(module.parameters())
-    head = list(model.head.parameters())
+    head = [p for name, p in model.head.named_parameters() if "norm" not in name]
+    norms = [p for name, p in model.head.named_parameters() if "norm" in name]
     encoders = [*model.image_encoder.parameters(), *model.text_encoder.parameters()]
-    clip_lr = args.lr * args.clip_lr_factor
-    groups = [dict(name="head", params=[p for p in head if p not in norms], base_lr=args.lr),
-              dict(name="norms", params=[p for p in head if p in norms], base_lr=args.lr,
-                   weight_decay=0.0),
-              dict(name="clip", params=[p for p in encoders if p.requires_grad], base_lr=clip_lr)]
+    clip = [p for p in encoders if p.requires_grad]
+    groups = [dict(name="head", params=head, base_lr=args.lr),
+              dict(name="norms", params=norms, base_lr=args.lr, weight_decay=0.0),
+              dict(name="clip", params=clip, base_lr=args.lr * args.clip_lr_factor)]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
 
@@ -233,10 +233,13 @@ def set_learning_rate(optimiser, step, steps):
 
 def start(run):
     """Score the untrained CLIP; then text-to-patch pre-alignment."""
-    args, facts = run.args, run.facts
+    args = run.args
+    run.facts = facts = checkpoints.begin(run)
+    if not facts:
+        facts["zero_shot"], _ = progress.score(run, zero_shot=True)
+        facts["before_tpa"] = progress.measure(run, None)
+        checkpoints.remember(run)
     run.log.begin([])
-    facts["zero_shot"], _ = progress.score(run, zero_shot=True)
-    facts["before_tpa"] = progress.measure(run, None)
     if not args.tpa_steps:
         return
     warm_up = run.batches(run.crops, 0, args.tpa_steps, args.batch_size // run.world)
@@ -262,16 +265,17 @@ def joint_training(run):
                                      args.batch_size // run.world // args.accumulate))
     bar = tqdm(range(run.step + 1, args.steps + 1), "training", args.steps, initial=run.step,
                disable=run.rank > 0)
-    for run.step in bar:
+    for step in bar:
+        run.step = step
         begin = time.time()
         model.train()
-        set_learning_rate(optimiser, run.step - 1, args.steps)
+        set_learning_rate(optimiser, step - 1, args.steps)
         figures, paths = 0, []
         for i in range(args.accumulate):
             images, pixel_labels, files = next(micro_batches)
             images = images.to(run.device, non_blocking=True)
             pixel_labels = pixel_labels.to(run.device, non_blocking=True)
-            with gradients_meet(model, now=i == args.accumulate - 1):
+            with sync_gradients(model, last=i == args.accumulate - 1):
                 loss, sums = losses_of(model, momentum, images, pixel_labels, run.tokens, args)
                 scaler.scale(loss / args.accumulate).backward()
             figures = figures + sums
@@ -285,7 +289,7 @@ def joint_training(run):
         if momentum and math.isfinite(grad_norm):
             momentum.update()  # E^M = alpha E^M + (1 - alpha) E
 
-        if runs.due(args.log_every, run.step) or run.step == args.steps:
+        if runs.due(args.log_every, step) or step == args.steps:
             seconds = time.time() - begin
             bar.set_postfix(progress.log_step(run, FIGURES, figures, grad_norm, seconds))
         stop = runs.anyone(run.interruption.asked)
@@ -297,19 +301,18 @@ def joint_training(run):
     return False
 
 
-def gradients_meet(model, now):
-    """Around forward (where DDP decides it) and backward: whether gradients are averaged over
-    processes in this pass, or add up for a later one."""
-    if now or unwrap(model) is model:
-        return contextlib.nullcontext()
-    return model.no_sync()
+def sync_gradients(model, last):
+    """Around forward (where DDP decides it) and backward: average gradients over processes in the
+    last micro-batch of a step only; until then they add up."""
+    return contextlib.nullcontext() if last or unwrap(model) is model else model.no_sync()
 
 
 def refuse_non_finite(run, figures, grad_norm, paths):
     """Under fp16 an infinite gradient is the scaler's to skip; an infinite loss is nobody's."""
     if figures.isfinite().all() and (math.isfinite(grad_norm) or run.scaler.is_enabled()):
         return
-    terms = [name for name, n in zip(FIGURES[:4], figures.tolist()) if not math.isfinite(n)]
+    terms = [name for name, n in zip(FIGURES, figures.tolist())
+             if not math.isfinite(n) and name != "total_loss"]
     what = " and ".join(terms) or "the gradient, not the losses of this process,"
     raise UserError(f"step {run.step}: {what} became NaN or infinite; images {', '.join(paths)}; "
                     f"nothing was written after {run.last}")
@@ -326,7 +329,7 @@ def train(args):
     checkpoints.check_space(run)
     checkpoints.save(run)
     progress.evaluate_if_due(run)  # where it was cut short
-    with run.interruption.right_now(False):
+    with run.interruption.immediate(False):
         stopped = joint_training(run)
     if stopped:
         run.say(f"stopped after step {run.step} as asked; the same command goes on from {run.last}")

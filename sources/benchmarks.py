@@ -42,7 +42,7 @@ PC59 = (2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85
         115, 144, 158, 159, 162, 187, 189, 207, 220, 232, 258, 259, 260, 284, 295, 296, 308, 324,
         326, 347, 349, 354, 355, 360, 366, 368, 397, 415, 416, 420, 424, 427, 440, 445, 454, 458)
 ADE847 = [int(line.split()[0]) for line in (CLASSES / "ade20k-847.txt").read_text().splitlines()]
-COCO_JPG, READY = "coco-stuff/images/{split}2017/*.jpg", "annotations_detectron2/"  # by others
+COCO_JPG, READY = "coco-stuff/images/{split}2017/*.jpg", "annotations_detectron2/"
 ADE, ADE_JPG = "ADEChallengeData2016/", "ADEChallengeData2016/images/{ade}/*.jpg"
 ADE21, ADE21_STEM = "ADE20K_2021_17_01/", "images/ADE/{ade}/*/*/ADE_{split}_????????"
 VOC10, VOC12 = "VOCdevkit/VOC2010/", "VOCdevkit/VOC2012/"
@@ -53,7 +53,7 @@ LISTS12 = (VOC12 + "ImageSets/Segmentation/{split}.txt",)
 TAR10 = "VOCtrainval_03-May-2010.tar of host.robots.ox.ac.uk/pascal/VOC/voc2010"
 TAR12 = "VOCtrainval_11-May-2012.tar of host.robots.ox.ac.uk/pascal/VOC/voc2012"
 
-BENCHMARKS = {
+BENCHMARKS = {  # what lies in READY was prepared by the scripts of other repositories
     "coco-stuff": Benchmark([
         Layout(COCO_JPG, "coco-stuff/annotations/{split}2017/*.png", COCO, [255]),
         Layout("coco/{split}2017/*.jpg", "coco/stuffthingmaps/{split}2017/*.png", COCO, [255]),

@@ -1,9 +1,9 @@
-"""Read whole datasets, to find what is wrong with them before a long run does:
+"""Read whole datasets, to find what is wrong before a long run does: exit status 0 if nothing is.
 
     python -m sources.check ade20k-150 --data-root DIR
 
 prints counts, shares of the classes, and files that are broken or don't match, and writes a report
-and a picture of four samples. Exit status 0 if all can be used, else 1.
+and a picture of four samples.
 """
 import argparse
 import functools
@@ -64,12 +64,10 @@ def check(name, split, args):
 
 
 def main():
-    p = argparse.ArgumentParser("python -m sources.check", description="Read whole datasets: exit "
-                                "status 0 if all can be used, else 1.")
+    p = argparse.ArgumentParser("python -m sources.check", description=__doc__.splitlines()[0])
     add = p.add_argument
     add("names", nargs="+", metavar="NAME", help=", ".join(NAMES))
-    add("--data-root", help="the folder that holds the datasets (default: $RPMD_DATA, else "
-        "$DETECTRON2_DATASETS, else ./datasets)")
+    add("--data-root", help="their folder (else $RPMD_DATA, $DETECTRON2_DATASETS or ./datasets)")
     add("--split", choices=("train", "val"), help="default: both")
     add("--classes", help="other names: a file, or comma-separated")
     add("--sample", type=int, default=0, help="read so many images, evenly spread (default: all)")

@@ -1,6 +1,7 @@
 """Files of pictures and masks -> pixels. What the values of a mask mean, benchmarks.py knows.
 
-Whatever is wrong with a file raises UserError, one sentence that names the path.
+Whatever is wrong with a file raises UserError, one sentence that names the path. Readers of masks
+return raw values [H,W], or whatever else is in the file, for `Files.load` to refuse.
 """
 import json
 import struct
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from support.errors import reading
+from support.errors import UserError, reading
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MASK_TYPES = (".png", ".tif", ".tiff", ".mat")
@@ -25,6 +26,19 @@ def read_image(path):
         return upright_rgb(Image.open(path))
 
 
+def as_image(image):
+    """A path, a PIL image, or a uint8 array [H,W,3] or [H,W] -> what `upright_rgb` gives."""
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
+        with reading("the array", "an image"):
+            image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise UserError("an image should be a path, a PIL image or a uint8 array, and is "
+                        f"{type(image).__name__}")
+    return upright_rgb(image)
+
+
 def upright_rgb(image):
     """A PIL image of any mode -> RGB, turned upright as its EXIF data says, 16 bits scaled to 8."""
     image = ImageOps.exif_transpose(image)
@@ -32,8 +46,6 @@ def upright_rgb(image):
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     return image.convert("RGB")
 
-
-# Masks: path -> raw values [H,W], or whatever is in the file: `Files.load` checks it.
 
 def read_mask(path):
     """A picture of one channel; of a palette its indices, never its colours."""
@@ -120,6 +132,6 @@ def read_list(path, split, masks):
         details = masks if read else read_detail(path)
         return [stem for stem, image in details.items() if image.phase == split]
     with reading(path, "a list of images"):
-        words = [line.split() for line in path.read_text().splitlines()]
-    stems = [Path(line[0]).stem for line in words if line]
+        lines = path.read_text().splitlines()
+        stems = [Path(line.split()[0]).stem for line in lines if line.strip()]
     return [stem for stem in stems if stem in masks or path.parent.name != "Main"]

@@ -7,37 +7,36 @@
 shift compares checkpoints: a run's snapshots (train.py --snapshot-every), or runs with different
 --adapt and --distill. The last four train every row of a table with the same seeds, several runs
 side by side, and write VERB.md, VERB.png and VERB.jsonl, a run a line. The same command goes on
-where it stopped. Further flags are train.py's and hold for every run.
-"""
+where it stopped. Further flags are train.py's and hold for every run."""
 import argparse
 from pathlib import Path
 
 from data import NAMES
 from study import compare, shift
+from support import runs
 from support.flags import non_negative_int, positive_int
-from support.runs import one_sentence_for_errors, writing_folder
 
-READ = {"pictures": shift.pictures, "shift": shift.shift}
-TRAIN = {"ablate": compare.ablate, "curve": compare.curve, "spread": compare.spread,
-         "sweep": compare.sweep}
+READ = (shift.pictures, shift.shift)
+TRAIN = (compare.ablate, compare.curve, compare.spread, compare.sweep)
 
 
 def parse(argv=None):
     p = argparse.ArgumentParser(prog="python -m study", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = p.add_subparsers(required=True, dest="verb")
-    for verb, run in (READ | TRAIN).items():
+    for run in READ + TRAIN:
+        verb = run.__name__
         command = verbs.add_parser(verb, help=run.__doc__, description=run.__doc__,
                                    allow_abbrev=False)
         command.set_defaults(run=run, dataset="toy", unseen=None)
         add = command.add_argument
-        out = "out/study" if verb in READ else "out/ablate"
-        add("--out", default=out, help=f"folder for the results (default {out})")
-        if verb == "pictures":
-            add("--checkpoint", required=True, help="of train.py")
-        if verb == "shift":
-            add("--checkpoints", required=True, nargs="+", help="of train.py, whole or snapshots")
-        if verb in READ:
+        add("--out", default="out/study", help="folder for the results, and for runs, which the "
+            "verbs share: none is trained twice (default out/study)")
+        if run in READ:
+            if verb == "pictures":
+                add("--checkpoint", required=True, help="of train.py")
+            else:
+                add("--checkpoints", required=True, nargs="+", help="of train.py, or snapshots")
             add("--dataset", help=", ".join(NAMES))
             add("--data-root", help="the folder that holds the datasets")
             add("--split", default="val")
@@ -56,13 +55,13 @@ def parse(argv=None):
         if verb == "ablate":
             add("--rows", nargs="+", help="only rows with these words in their name, and plain")
     args, args.further = p.parse_known_args(argv)
-    if args.further and args.verb in READ:
+    if args.further and args.run in READ:
         p.error(f"unrecognized arguments: {' '.join(args.further)}")
     return args
 
 
 if __name__ == "__main__":
     args = parse()
-    with one_sentence_for_errors(), writing_folder(args.out):
+    with runs.one_sentence_for_errors(), runs.writing_folder(args.out):
         Path(args.out).mkdir(parents=True, exist_ok=True)
         args.run(args)

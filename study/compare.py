@@ -2,8 +2,7 @@
 
 A run is a dict of figures, a row of the table is {seed: run}, the same seeds in every row. A seed
 is a toy world: another split of the names, other scenes, another CLIP, initialisation and order. On
-pictures seed i holds out the i-th of the lists given to --unseen.
-"""
+pictures seed i holds out the i-th of the lists given to --unseen."""
 import json
 import shlex
 from pathlib import Path
@@ -14,9 +13,8 @@ from scipy import stats
 from sources import tiny_clip
 from study.many import run_all
 from study.measures import SHIFTS, in_words, pearson
-from support import pictures
+from support import pictures, tables
 from support.errors import UserError
-from support.tables import format_table
 
 PARTS = {  # row of the table: flags of train.py
     "head only": "--distill none --tpa-steps 0 --adapt none",
@@ -49,40 +47,36 @@ FOOTNOTE = ("mIoU in per cent, mean ± standard deviation over seeds; [95 % inte
             "1 − cos.")
 
 
-def figures(results):
-    """A run, of its results.json."""
-    return {**{key: results["trained"][key] for key in METRICS},
+def figures(results, untrained=False):
+    """A run, of its results.json; untrained: of the CLIP that it started from."""
+    scores, end, shift = results["trained"], results["end"], results["shift"]
+    if untrained:
+        scores, end = results["zero_shot"], {**results["before_tpa"], "reference_drift": 0.0}
+        shift = dict.fromkeys(SHIFTS, 0.0)
+    return {**{key: scores[key] for key in METRICS},
             "share_before": results["before_tpa"]["reference_share"],
-            "share_after": results["end"]["reference_share"],
-            "drift": results["end"]["reference_drift"],
-            **{key: results["shift"][key] for key in SHIFTS}, **results.get("made_by", {})}
+            "share_after": end["reference_share"], "drift": end["reference_drift"],
+            **{key: shift[key] for key in SHIFTS}, **results.get("made_by", {})}
 
 
-def zero_shot(results):
-    """The same of the CLIP that the run started from."""
-    end, shift = {**results["before_tpa"], "reference_drift": 0.0}, dict.fromkeys(SHIFTS, 0.0)
-    return figures({**results, "trained": results["zero_shot"], "end": end, "shift": shift})
-
-
-def interval(differences):
-    """Of paired differences, two or more: their mean, its 95 % interval by Student's t, ..."""
-    d = np.asarray(differences, float)
-    n, mean, sd = len(d), d.mean(), d.std(ddof=1)
+def interval(numbers):
+    """Of two numbers or more: mean, its 95 % interval by Student's t, standard deviation, ..."""
+    numbers = np.array(numbers, float)
+    n, mean, sd = len(numbers), numbers.mean(), numbers.std(ddof=1)
     half = stats.t.ppf(0.975, n - 1) * sd / np.sqrt(n)
     return {"mean": mean, "low": mean - half, "high": mean + half, "sd": sd,
-            "above": (d > 0).sum(), "n": n, "each": d}
+            "above": (numbers > 0).sum(), "n": n, "each": numbers}
 
 
 def summarise(name, runs, base=None):
     """A summary of a row's runs, paired by seed with those of the row base."""
     for seed, run in runs.items():
-        if None in (run[key] for key in METRICS):
+        if None in (run["seen"], run["unseen"]):
             raise UserError(f"{name}, seed {seed}: none of the seen, or none of the unseen names "
                             "has ground truth to be scored on")
     summary = {"row": name, "seeds": runs}
     for key in (*METRICS, "share_before", "share_after", "drift"):
-        values = np.array([run[key] for run in runs.values()])
-        summary[key] = {"mean": values.mean(), "sd": values.std(ddof=1)}
+        summary[key] = interval([run[key] for run in runs.values()])
     if base:
         summary["against_plain"] = {
             key: interval([run[key] - base[seed][key] for seed, run in runs.items()])
@@ -110,17 +104,16 @@ def correlations(summaries):
 
 def describe_correlations(summaries):
     """`correlations` as a sentence."""
-    count = sum(len(s["seeds"]) for s in summaries)
-    found, within_seeds = (", ".join(f"{SHIFTS[key]} {in_words(r)}" for key, r in related.items())
-                           for related in correlations(summaries))
-    return (f"Pearson correlation with unseen mIoU over {count} runs: {found}; within seeds: "
-            f"{within_seeds}.")
+    found, within_seeds = correlations(summaries)
+    count = values(summaries, "unseen").size
+    return (f"Pearson correlation with unseen mIoU over {count} runs: {in_words(found)}; within "
+            f"seeds: {in_words(within_seeds)}.")
 
 
 def markdown(summaries):
     """The table."""
-    table = [["", *METRICS, *(f"{key} − plain" for key in METRICS), "unseen better in",
-              "reference share", "drift"]]
+    rows = [["", *METRICS, *(f"{key} − plain" for key in METRICS), "unseen better in",
+             "reference share", "drift"]]
     for s in summaries:
         pairs = [""] * 4
         if "against_plain" in s:
@@ -129,8 +122,8 @@ def markdown(summaries):
             pairs.append("{above} of {n}".format(**s["against_plain"]["unseen"]))
         scores = ["{mean:.1f} ± {sd:.1f}".format(**s[key]) for key in METRICS]
         share = f"{s['share_before']['mean']:.2f} → {s['share_after']['mean']:.2f}"
-        table.append([s["row"], *scores, *pairs, share, f"{s['drift']['mean']:.3f}"])
-    return format_table(table)
+        rows.append([s["row"], *scores, *pairs, share, f"{s['drift']['mean']:.3f}"])
+    return tables.format_table(rows)
 
 
 def compare(args, rows, against, start=None):
@@ -138,27 +131,30 @@ def compare(args, rows, against, start=None):
     runs the untrained CLIP is told, that comes first. against: {row: the one it is paired with}."""
     results, found = run_all(rows, args), {}
     if start:
-        found[ZERO_SHOT] = {seed: zero_shot(r) for seed, r in results[start].items()}
+        found[ZERO_SHOT] = {seed: figures(r, untrained=True) for seed, r in results[start].items()}
     for row, of_row in results.items():
         found[row] = {seed: figures(r) for seed, r in of_row.items()}
     return [summarise(row, runs, found.get(against.get(row))) for row, runs in found.items()]
 
 
-def write(args, summaries, text, more=()):
-    """VERB.md, which is printed too, and VERB.jsonl, a run a line."""
-    text = f"{markdown([*summaries, *more])}\n\n{text}\n\n{FOOTNOTE}"
-    Path(args.out, f"{args.verb}.md").write_text(text + "\n")
-    with Path(args.out, f"{args.verb}.jsonl").open("w") as file:
-        for summary in summaries:
-            for seed, run in summary["seeds"].items():
-                file.write(json.dumps({"row": summary["row"], "seed": seed, **run}) + "\n")
-    print(f"{text}\n\nwritten to {args.out}: {args.verb}.md, {args.verb}.jsonl, {args.verb}.png")
-
-
-def draw_differences(args, summaries):
-    paired = {s["row"]: s["against_plain"] for s in summaries if "against_plain" in s}
-    panels = {key: {row: pairs[key] for row, pairs in paired.items()} for key in ("unseen", "seen")}
-    pictures.differences(Path(args.out, f"{args.verb}.png"), panels)
+def write(args, summaries, text, points=None):
+    """VERB.md, printed too; VERB.jsonl, a run a line; VERB.png: differences, or of a curve's points
+    {method: [(rate, summary)]} the trade-off, and the table ends with each method's best."""
+    md, jsonl, png = (Path(args.out, f"{args.verb}.{kind}") for kind in ("md", "jsonl", "png"))
+    table = summaries
+    if points:
+        table = [*summaries, *at_best_rates(points)]
+        pictures.trade_off(png, points, summaries[:2])
+    else:
+        paired = {s["row"]: s["against_plain"] for s in summaries if "against_plain" in s}
+        pictures.differences(png, {key: {row: pairs[key] for row, pairs in paired.items()}
+                                   for key in ("unseen", "seen")})
+    lines = [json.dumps({"row": s["row"], "seed": seed, **run})
+             for s in summaries for seed, run in s["seeds"].items()]
+    jsonl.write_text("\n".join(lines) + "\n")
+    text = f"{markdown(table)}\n\n{text}\n\n{FOOTNOTE}\n"
+    md.write_text(text)
+    print(f"{text}\nwritten to {args.out}: {md.name}, {jsonl.name}, {png.name}")
 
 
 def at_rates(chosen):
@@ -180,7 +176,6 @@ def ablate(args):
     rows = {name: flags + rate for name, flags in PARTS.items() if name in chosen}
     against = dict.fromkeys({ZERO_SHOT, *rows} - {PLAIN}, PLAIN)
     summaries = compare(args, rows, against, start=PLAIN)
-    draw_differences(args, summaries)
     write(args, summaries, describe_correlations(summaries[1:]))
 
 
@@ -195,7 +190,6 @@ def spread(args):
     summaries = compare(args, rows, against)
     deviations = [f"{origin} {summary['against_plain']['unseen']['sd']:.1f}"
                   for origin, summary in zip(origins, summaries[1::2])]
-    draw_differences(args, summaries)
     write(args, summaries, "Standard deviation of the difference on unseen classes, by what "
                            f"differs between runs: {', '.join(deviations)}.")
 
@@ -204,7 +198,6 @@ def sweep(args):
     """Train what the tiny recipe was chosen from: rates, then one thing changed at a time."""
     rows, plain = at_rates(SWEEP), f"{PLAIN}, 0.1"
     summaries = compare(args, rows, dict.fromkeys(rows.keys() - {plain}, plain))
-    draw_differences(args, summaries)
     write(args, summaries, f"Differences are to {plain}.")
 
 
@@ -218,8 +211,7 @@ def curve(args):
     for i, rate in enumerate(RATES):
         text.append(f"At a rate of {rate}: {describe_correlations(trained[i::len(RATES)])}")
     points = {name: list(zip(RATES, trained[i * len(RATES):])) for i, name in enumerate(METHODS)}
-    pictures.trade_off(Path(args.out, "curve.png"), points, summaries[:2])
-    write(args, summaries, "\n".join(text), at_best_rates(points))
+    write(args, summaries, "\n".join(text), points)
 
 
 def at_best_rates(points):
@@ -229,13 +221,12 @@ def at_best_rates(points):
     summaries, plain = [], {}
     for name, curve in points.items():
         rows = [summary for _, summary in curve]
-        seeds, harmonic = list(rows[0]["seeds"]), values(rows, "harmonic")  # [rates,seeds]
-        best = harmonic.mean(1).argmax()
-        others = [np.delete(harmonic, i, 1).mean(1).argmax() for i in range(len(seeds))]
-        for choice, rates in (("best rate", [best] * len(seeds)),
-                              ("best rate on the other seeds", others)):
-            runs = {seed: rows[rate]["seeds"][seed] for seed, rate in zip(seeds, rates)}
-            taken = ", ".join(RATES[rate] for rate in sorted(set(rates)))
+        harmonic = values(rows, "harmonic")  # [rates,seeds]
+        best = np.full(harmonic.shape[1], harmonic.mean(1).argmax())
+        others = [np.delete(harmonic, i, 1).mean(1).argmax() for i in range(len(best))]
+        for choice, rates in (("best rate", best), ("best rate on the other seeds", others)):
+            runs = {seed: rows[rate]["seeds"][seed] for seed, rate in zip(rows[0]["seeds"], rates)}
+            taken = ", ".join(RATES[rate] for rate in np.unique(rates))
             summaries.append(summarise(f"{name}, {choice} ({taken})", runs, plain.get(choice)))
             plain.setdefault(choice, runs)
     return summaries

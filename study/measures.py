@@ -1,8 +1,7 @@
 """Quantities of one model that the paper argues with: reference patches, shift, dispersion.
 
 `original` is the image encoder before training, frozen, and `momentum` a MomentumEncoder or None.
-Batches are of (images [B,3,H,W], pixel labels [B,H,W], paths).
-"""
+Batches are of (images [B,3,H,W], pixel labels [B,H,W], paths)."""
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -20,52 +19,32 @@ PROMPTS = (PROMPT, "a photo of a {}", "there is a {} here", "a close view of the
 
 
 @torch.no_grad()
-def reference_share(model, tokens, batches, device, momentum=None):
-    """Share of the labelled patches that are reference patches, Eq. (1), of the momentum encoder or
-    without one of the model, over all processes."""
-    encode, text = momentum or model.encode_image, model.encode_text(tokens)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+def reference_patches(model, encode, text, batches):
+    """Reference patches, Eq. (1), of an image encoder with texts [K,D], over all processes: (their
+    share of the labelled patches, 1 - cos of the model's features to the encoder's on them)."""
+    sums = torch.zeros(3, dtype=torch.float64, device=text.device)
     for images, pixel_labels, _ in batches:
-        labels = patch_labels(pixel_labels.to(device), model.grid)
-        patches, _ = encode(images.to(device))
-        mask = reference_mask(patches, text, labels)
-        sums += torch.stack([mask.sum(), (labels != IGNORE).sum()])
-    return ratio_over_processes(sums)
-
-
-@torch.no_grad()
-def reference_drift(model, original, original_text, batches, device):
-    """1 - cos of the model's features to the original CLIP's, averaged over the latter's reference
-    patches, over all processes. original_text: the original CLIP's T [K,D]."""
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for images, pixel_labels, _ in batches:
-        labels = patch_labels(pixel_labels.to(device), model.grid)
-        patches, _ = model.encode_image(images.to(device))
-        original_patches, _ = original(images.to(device))
-        mask = reference_mask(original_patches, original_text, labels)
-        drift = 1 - F.cosine_similarity(patches, original_patches, dim=-1)  # [B,L]
-        sums += torch.stack([drift[mask].double().sum(), mask.sum()])
-    return ratio_over_processes(sums)
-
-
-def ratio_over_processes(sums):
+        images = images.to(text.device)
+        labels = patch_labels(pixel_labels.to(text.device), model.grid)
+        patches, _ = model.encode_image(images)
+        teacher_patches, _ = encode(images)
+        mask = reference_mask(teacher_patches, text, labels)
+        drift = 1 - F.cosine_similarity(patches, teacher_patches, dim=-1)[mask]
+        sums += torch.stack([mask.sum(), (labels != IGNORE).sum(), drift.double().sum()])
     if dist.is_initialized():
         dist.all_reduce(sums)
-    return (sums[0] / sums[1].clamp(min=1)).item()
+    reference, labelled, drift = sums.tolist()
+    return reference / max(1, labelled), drift / max(1, reference)
 
 
-class Subset:
+class Subset(torch.utils.data.Subset):
     """Some of a dataset's images, evenly spread; all of them for count 0."""
 
     def __init__(self, dataset, count):
-        self.dataset = dataset
+        count = min(count or len(dataset), len(dataset))
+        super().__init__(dataset, np.linspace(0, len(dataset) - 1, count).astype(int))
         self.names = dataset.names
         self.evaluated = dataset.evaluated
-        count = min(count or len(dataset), len(dataset))
-        self.indices = np.linspace(0, len(dataset) - 1, count).astype(int)
-
-    def __len__(self):
-        return len(self.indices)
 
     def load(self, i):
         return self.dataset.load(self.indices[i])
@@ -91,8 +70,7 @@ def example_sheet(model, original, original_text, momentum, dataset, sliding, co
     """The paper's Figure 1 made of one's own data, a row per image. Returns a PIL image.
 
     Columns: picture, ground truth, reference patches of the original CLIP and of the momentum
-    encoder (if any), patches that the model's own features name rightly, its head's labels.
-    """
+    encoder (if any), patches that the model's own features name rightly, its head's labels."""
     text, names = model.encode_text(model.tokenize(dataset.names)), dataset.evaluated
     encoders = {"reference patches\nof the original CLIP": (original, original_text)}
     if momentum:
@@ -120,8 +98,7 @@ def dispersion(sums, counts):
 
     Variance: 1 - cos of a vector to its class's mean direction, averaged over a class, then over
     classes; with u the mean of a class's vectors, that is 1 - |u|. Separation: 1 - cos between two
-    classes' mean directions, averaged over pairs.
-    """
+    classes' mean directions, averaged over pairs."""
     there = counts > 0
     means = sums[there] / counts[there, None]  # [n,D]
     n = len(means)
@@ -143,8 +120,7 @@ def shift_statistics(model, original, original_text, dataset, desc="patches"):
     to the original CLIP's features, averaged over these patches, and over class names.
     contamination: of the patches that this model names wrongly, the share that it gives to the
     dominant class. right_share: of the labelled patches, those that it names rightly. ..._variance
-    and ..._separation: see `dispersion`; a class name's texts are its PROMPTS.
-    """
+    and ..._separation: see `dispersion`; a class name's texts are its PROMPTS."""
     names, K, count = dataset.names, len(dataset.names), len(dataset.evaluated)
     text = model.encode_text(model.tokenize(names))
     sums, counts, patch_sums = (torch.zeros(size, dtype=torch.float64, device=text.device)
@@ -153,8 +129,6 @@ def shift_statistics(model, original, original_text, dataset, desc="patches"):
         image, labels, _ = dataset.load(i)
         view, labels = one_view(model, image, labels)
         known = labels != IGNORE  # [1,L]
-        if not known.any():
-            continue
         labels = labels[known]  # [n]
         patches, first = model.encode_image(view)[0][known], original(view)[0][known]  # [n,D]
         guess = nearest_class(patches, text, count)
@@ -172,14 +146,14 @@ def shift_statistics(model, original, original_text, dataset, desc="patches"):
     reference, noisy, contamination, right_share = (
         total / number if number else None for total, number in sums.tolist())
     shift_text = (1 - F.cosine_similarity(text, original_text, dim=-1)).clamp(min=0).mean().item()
-    patch_variance, patch_separation = dispersion(patch_sums, counts)
     texts = (model.encode_text(model.tokenize(names, prompt)) for prompt in PROMPTS)
     text_sums = sum(F.normalize(vectors, dim=-1).double() for vectors in texts)
-    text_variance, text_separation = dispersion(text_sums, torch.full_like(counts, len(PROMPTS)))
-    return dict(shift_reference=reference, shift_noisy=noisy, shift_text=shift_text,
-                contamination=contamination, right_share=right_share,
-                patch_variance=patch_variance, patch_separation=patch_separation,
-                text_variance=text_variance, text_separation=text_separation)
+    result = {"shift_reference": reference, "shift_noisy": noisy, "shift_text": shift_text,
+              "contamination": contamination, "right_share": right_share}
+    result["patch_variance"], result["patch_separation"] = dispersion(patch_sums, counts)
+    counts = torch.full_like(counts, len(PROMPTS))
+    result["text_variance"], result["text_separation"] = dispersion(text_sums, counts)
+    return result
 
 
 def pearson(x, y):

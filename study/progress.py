@@ -1,4 +1,5 @@
 """What is measured of a training as it goes, and what it shows at its end."""
+import torch
 import torch.distributed as dist
 
 from data import TrainingCrops
@@ -11,24 +12,25 @@ from support.tables import format_table
 
 def score(run, zero_shot=False):
     """mIoU on the validation images: (numbers in per cent, IoU of each class)."""
-    confusion = evaluate(run.model, run.val_set, run.device, is_sliding(None, run.args.dataset),
-                         zero_shot, run.rank, run.world, "zero-shot" if zero_shot else "evaluating")
+    sliding = is_sliding(None, run.args.dataset)
+    confusion = evaluate(run.model, run.val_set, run.device, sliding, zero_shot, run.rank, run.world)
     result = summary(confusion, run.val_set.evaluated, run.train_set.names)
     classes = result.pop("classes")
     return result, classes
 
 
+@torch.no_grad()
 def measure(run, momentum):
     """Share of reference patches in training (of the momentum encoder, or for None of the model),
     and drift of the original's in validation, on about 32 crops each."""
-    args = run.args
-    steps = max(1, 32 // args.batch_size)
+    args, model = run.args, run.model
+    steps, size = max(1, 32 // args.batch_size), args.batch_size // run.world
     val_crops = TrainingCrops(run.val_set, args.image_size, args.seed, jitter=0.0)
-    size = args.batch_size // run.world
-    share = measures.reference_share(run.model, run.tokens, run.batches(run.crops, 0, steps, size),
-                                     run.device, momentum)
-    drift = measures.reference_drift(run.model, run.original, run.original_text,
-                                     run.batches(val_crops, 0, steps, size), run.device)
+    share, _ = measures.reference_patches(
+        model, momentum or model.encode_image, model.encode_text(run.tokens),
+        run.batches(run.crops, 0, steps, size))
+    _, drift = measures.reference_patches(
+        model, run.original, run.original_text, run.batches(val_crops, 0, steps, size))
     return {"reference_share": share, "reference_drift": max(drift, 0.0)}
 
 
@@ -56,7 +58,7 @@ def evaluate_if_due(run):
     logged = any(line["step"] == run.step and "mIoU_union" in line for line in run.log.lines)
     if logged or run.step == run.args.steps or not runs.due(run.args.eval_every, run.step):
         return
-    with run.interruption.right_now():
+    with run.interruption.immediate(True):
         run.log.append(step=run.step, **score(run)[0], **measure(run, run.momentum))
         if run.rank == 0:
             pictures.curves(run.log.path, run.out / "curves.png")
@@ -69,17 +71,17 @@ def finish(run):
     run.log.append(step=run.step, **scores, **end)
     if run.rank > 0:
         return
-    some = measures.Subset(run.val_set, 100)
-    shift = measures.shift_statistics(run.model, run.original, run.original_text, some)
+    models = run.model, run.original, run.original_text
+    shift = measures.shift_statistics(*models, measures.Subset(run.val_set, 100))
     results = dict(args=vars(run.args), **run.facts, trained=scores, end=end, shift=shift,
                    classes=classes)
     runs.write_json(results, run.out / "results.json")
     run.say(report(results))
     with writing(run.out / "curves.png") as path:
         pictures.curves(run.log.path, path)
+    sheet = measures.example_sheet(*models, run.momentum, run.val_set,
+                                   is_sliding(None, run.args.dataset))
     with writing(run.out / "examples.png") as path:
-        sheet = measures.example_sheet(run.model, run.original, run.original_text, run.momentum,
-                                       run.val_set, is_sliding(None, run.args.dataset))
         sheet.save(path)
     run.say(f"\nwritten to {run.out}: examples.png, curves.png, results.json, log.jsonl, last.pt")
 
@@ -90,9 +92,9 @@ def report(results):
     if "seen" in results["trained"]:
         columns = ["seen", "unseen", "harmonic"]
     scores = [["", *columns]]
-    for name, row in (("CLIP, zero-shot", results["zero_shot"]),
-                      (f"trained (--distill {results['args']['distill']})", results["trained"])):
-        scores.append([name, *(row[column] for column in columns)])
+    trained = f"trained (--distill {results['args']['distill']})"
+    for name, key in (("CLIP, zero-shot", "zero_shot"), (trained, "trained")):
+        scores.append([name, *(results[key][column] for column in columns)])
     patches = [["reference patches", "at the start", "after TPA", "at the end"]]
     moments = [results["before_tpa"], results.get("after_tpa"), results["end"]]
     for name, key in (("share of the labelled patches", "reference_share"),

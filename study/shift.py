@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-import evaluate
 from data import open_dataset
 from ema import MomentumEncoder
+from evaluate import evaluate, is_sliding, summary
 from study.measures import SHIFTS, Subset, example_sheet, in_words, pearson, shift_statistics
 from support.errors import UserError
 from support.pictures import save_plot
@@ -41,7 +41,7 @@ def pictures(args):
         momentum.load_state_dict(checkpoint["momentum"])
     text = original.encode_text(original.tokenize(dataset.names))
     sheet = example_sheet(model, original.image_encoder, text, momentum, dataset,
-                          evaluate.is_sliding(args.views, args.dataset), args.images or 6)
+                          is_sliding(args.views, args.dataset), args.images or 6)
     sheet.save(Path(args.out, "pictures.png"))
     print(f"written to {args.out}: pictures.png")
 
@@ -50,7 +50,8 @@ def pictures(args):
 def shift(args):
     """Measure what fine-tuning moved: the original CLIP and each checkpoint, correlated."""
     dataset = open_dataset(args.dataset, args.data_root, args.split, args.classes)
-    dataset, rows = Subset(dataset, args.images), []
+    dataset, sliding = Subset(dataset, args.images), is_sliding(args.views, args.dataset)
+    rows = []
     for path in args.checkpoints:
         checkpoint, model, original = read(path)
         text = original.encode_text(original.tokenize(dataset.names))
@@ -58,18 +59,17 @@ def shift(args):
         if not rows:
             models.insert(0, ("original CLIP", 0, original))
         for name, step, one in models:
-            confusion = evaluate.evaluate(
-                one, dataset, text.device, evaluate.is_sliding(args.views, args.dataset),
-                zero_shot=one is original, desc=f"mIoU of {name}")
-            ious = evaluate.summary(confusion, dataset.evaluated, checkpoint["names"])
-            shifts = shift_statistics(one, original.image_encoder, text, dataset, name)
+            confusion = evaluate(one, dataset, text.device, sliding, zero_shot=one is original)
+            scores = summary(confusion, dataset.evaluated, checkpoint["names"])
             rows.append({"checkpoint": name, "step": step,
-                         **{key: ious.get(key) for key in METRICS}, **shifts})
+                         **{key: scores.get(key) for key in METRICS},
+                         **shift_statistics(one, original.image_encoder, text, dataset, name)})
         metric = "mIoU_ground_truth" if rows[0]["unseen"] is None else "unseen"
-        scores, n = [row[metric] for row in rows[1:]], len(rows) - 1
-        found = {key: pearson([row[key] for row in rows[1:]], scores) for key in SHIFTS}
+        trained = {key: [row[key] for row in rows[1:]] for key in (metric, *SHIFTS)}
+        found = {key: pearson(trained[key], trained[metric]) for key in SHIFTS}
+        correlation = {"with": metric, "checkpoints": len(rows) - 1, **found}
         result = {"dataset": args.dataset, "split": args.split, "images": len(dataset),
-                  "rows": rows, "correlation": {"with": metric, "checkpoints": n, **found}}
+                  "rows": rows, "correlation": correlation}
         write_json(result, Path(args.out, "shift.json"))  # after each: it may take hours
     table = [["", *(row["checkpoint"] for row in rows)]]
     for key in list(rows[0])[2:]:
@@ -79,9 +79,9 @@ def shift(args):
     texts, panels = [], []
     for key, r in found.items():
         texts.append(f"{key} {in_words(r)}")
-        dots = ("", [row[key] for row in rows[1:]], scores, "o")
-        panels.append((f"n = {n}, r {in_words(r)}", f"{SHIFTS[key]}, 1 - cos",
+        dots = ("", trained[key], trained[metric], "o")
+        panels.append((f"n = {len(rows) - 1}, r {in_words(r)}", f"{SHIFTS[key]}, 1 - cos",
                        f"mIoU ({metric}), %", [dots]))
     save_plot(Path(args.out, "shift.png"), panels)
-    print(f"{format_table(table)}\n\nPearson correlation with {metric} over {n} checkpoint(s): "
-          f"{', '.join(texts)}\nwritten to {args.out}: shift.json, shift.png")
+    print(f"{format_table(table)}\n\nPearson correlation with {metric} over {len(rows) - 1} "
+          f"checkpoint(s): {', '.join(texts)}\nwritten to {args.out}: shift.json, shift.png")

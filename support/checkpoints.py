@@ -1,5 +1,6 @@
 """Checkpoints of a training: written whole or not at all, and taken back bit for bit."""
 import contextlib
+import json
 import os
 import shutil
 
@@ -10,13 +11,13 @@ from support.errors import UserError, first_line, writing
 
 FIXED = ("dataset", "classes", "unseen", "clip", "pretrained", "init_cat_seg", "image_size",
          "channels", "adapt", "distill", "batch_size", "seed")  # what cannot change on resume
+OURS = ("last.pt", "step-*.pt", "log.jsonl", "results.json", "curves.png", "examples.png")
 
 
 def due(run):
     """Whether a checkpoint should be written after this step."""
-    args = run.args
-    periods = (args.save_every, args.snapshot_every, args.eval_every)
-    return run.step == args.steps or any(runs.due(n, run.step) for n in periods)
+    periods = (run.args.save_every, run.args.snapshot_every, run.args.eval_every)
+    return run.step == run.args.steps or any(runs.due(n, run.step) for n in periods)
 
 
 def save(run):
@@ -31,6 +32,36 @@ def save(run):
         write_checkpoint(state, run.out / f"step-{run.step:06d}.pt")
     write_checkpoint(dict(state, optimiser=run.optimiser.state_dict(), facts=run.facts,
                           scaler=run.scaler.state_dict()), run.last)
+    (run.out / "start.json").unlink(missing_ok=True)
+
+
+def begin(run):
+    """What an interrupted beginning of the same run has found (see `remember`), or {}. Then what an
+    older run has left is moved into the folder `previous`."""
+    path, facts = run.out / "start.json", {}
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        found = json.loads(path.read_text())
+        if not run.args.restart and found["flags"] == fixed_flags(run):
+            facts = found["facts"]
+    runs.agree_on(bool(facts), f"--out {run.out} should be one folder for all nodes: {path}")
+    if run.rank == 0 and not facts:
+        left = [p for pattern in OURS for p in run.out.glob(pattern)]
+        shutil.rmtree(run.out / "previous", ignore_errors=True)
+        for old in left:
+            (run.out / "previous").mkdir(exist_ok=True)
+            old.replace(run.out / "previous" / old.name)
+    return facts
+
+
+def remember(run):
+    """Keep the facts until there is a checkpoint."""
+    if run.rank == 0:
+        contents = {"flags": fixed_flags(run), "facts": run.facts}
+        runs.write_json(contents, run.out / "start.json")
+
+
+def fixed_flags(run):
+    return {name: getattr(run.args, name) for name in FIXED}
 
 
 def find(run):

@@ -5,22 +5,29 @@ from pathlib import Path
 
 import torch
 
-from support import flags
 from support.errors import UserError
+from support.flags import non_negative_int, positive, positive_int
+
+
+def shared_flags(description, epilog=None):
+    """A parser with the flags that training and evaluation have in common, and its add_argument."""
+    parser = argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data-root", help="the folder that holds the datasets (default $RPMD_DATA, else "
+                            "$DETECTRON2_DATASETS, else ./datasets)")
+    add("--classes", help="other names for a dataset's classes: a file, or comma-separated")
+    add("--timeout", type=positive, default=30, help="minutes a process waits for others (30)")
+    return parser, add
 
 
 def parse_training(description, recipe, datasets, argv=None):
     """The flags of a training. recipe: train.RECIPE. datasets: what --dataset may name."""
-    p = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="ours: not in the paper. For the tiny CLIP chosen on toy worlds that no table of\n"
-               "results shows (docs/results.md). For real CLIPs nobody has tuned them yet.")
-    add = p.add_argument
+    parser, add = shared_flags(description, (
+        "ours: not in the paper. For the tiny CLIP chosen on toy worlds that no table of\n"
+        "results shows (docs/results.md). For real CLIPs nobody has tuned them yet."))
     add("--dataset", default="toy", help=f"{', '.join(datasets)} (default toy)")
-    add("--classes", help="other names for the dataset's classes: a file, or comma-separated")
     add("--unseen", help="names to hold out of segmentation training, to be scored apart")
-    add("--data-root", help="the folder that holds the datasets (default $RPMD_DATA, else "
-                            "$DETECTRON2_DATASETS, else ./datasets)")
     add("--out", help="where everything is written (default out/DATASET)")
     add("--clip", help="tiny, or an open_clip ViT (default: tiny for toy, else ViT-B-16-quickgelu)")
     add("--pretrained", help="open_clip tag, checkpoint file, toy, crops (a tiny CLIP, pre-trained "
@@ -28,8 +35,7 @@ def parse_training(description, recipe, datasets, argv=None):
         "openai; toy for toy worlds, none for other data with the tiny CLIP)")
     add("--adapt", default="both", choices=("both", "visual", "text", "none"),
         help="what of CLIP trains (default both)")
-    add("--init-cat-seg", metavar="FILE",
-        help="start from a checkpoint of CAT-Seg, whose CLIP is the original then")
+    add("--init-cat-seg", metavar="FILE", help="start from CAT-Seg's weights")
     add("--distill", default="rpmd", choices=("rpmd", "frozen", "pooled", "none"),
         help="rpmd (default); frozen: the same with the original CLIP as teacher; pooled: MAFT+'s; "
              "none: plain CAT-Seg")
@@ -39,58 +45,47 @@ def parse_training(description, recipe, datasets, argv=None):
     add("--spd-features", default="normalised", choices=("normalised", "raw"),
         help="what Eq. (2) compares: unit vectors (default), or CLIP's features as they are (ours)")
     add("--ignored", default="negative", choices=("negative", "skip"),
-        help="unlabelled pixels: negatives of every class, as in CAT-Seg (default), or left out of "
-             "L_SEG")
-    add("--accumulate", type=flags.positive_int, default=1,
-        help="passes per step, each over a part of the batch; SPD and CPA average within a pass "
-             "(default 1)")
-    add("--recompute-head", action="store_true",
-        help="save memory: compute the head again in the backward pass")
-    add("--precision", choices=("fp32", "bf16", "fp16"),
-        help="default bf16 where the GPU has it, else fp32")
-    add("--workers", type=flags.non_negative_int,
-        help="loader processes (default: 4 with a GPU, else 0)")
-    add("--seed", type=flags.non_negative_int, default=0,
+        help="unlabelled pixels: negatives of every class as in CAT-Seg (default), or not in L_SEG")
+    add("--accumulate", type=positive_int, default=1,
+        help="passes per step, each over a part of the batch, in which SPD and CPA average (1)")
+    add("--recompute-head", action="store_true", help="save memory: the head's forward pass twice")
+    add("--precision", choices=("fp32", "bf16", "fp16"), help="default bf16 on GPUs with it")
+    add("--workers", type=non_negative_int, help="loader processes (default: 4 with a GPU, else 0)")
+    add("--seed", type=non_negative_int, default=0,
         help="of the head's first weights, of images' order and augmentation (default 0)")
-    add("--timeout", type=flags.positive, default=30,
-        help="minutes that a process waits for the others (default 30)")
     add("--restart", action="store_true", help="ignore a checkpoint in --out and train anew")
-    args = p.parse_args(argv)
+    args = parser.parse_args(argv)
     fill_in(args, recipe)
     return args
 
 
 def fill_in(args, recipe):
     """Defaults that depend on other flags and on the machine. Raises UserError."""
-    toy = args.dataset.startswith("toy")
+    toy, cuda = args.dataset.startswith("toy"), torch.cuda.is_available()
     args.clip = args.clip or ("tiny" if toy else "ViT-B-16-quickgelu")
     column = 1 if args.clip == "tiny" else 0
-    if args.out is None:
-        name = args.dataset.removeprefix("folder:").replace("toy:", "toy-")
-        args.out = str(Path("out", Path(name).name))
-    parts = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
-    if args.batch_size is None:
-        args.batch_size = max(recipe["batch-size"][column], parts)
-    if args.batch_size % parts:
-        raise UserError(f"--batch-size {args.batch_size} does not divide among "
-                        f"{parts // args.accumulate} processes x --accumulate {args.accumulate}")
-    without_tpa = args.distill in ("none", "pooled") or args.adapt in ("visual", "none")
-    if args.tpa_steps is None and without_tpa:
-        args.tpa_steps = 0  # it is part of RPMD, and for a text encoder that trains
-    if args.tpa_steps and args.adapt in ("visual", "none"):
+    name = args.dataset.removeprefix("folder:").replace("toy:", "toy-")
+    args.out = args.out or str(Path("out", Path(name).name))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    passes = processes * args.accumulate
+    args.batch_size = args.batch_size or max(recipe["batch-size"][column], passes)
+    if args.batch_size % passes:
+        raise UserError(f"--batch-size {args.batch_size} does not divide among {processes} "
+                        f"processes x --accumulate {args.accumulate}")
+    if args.adapt in ("visual", "none") and args.tpa_steps:
         raise UserError(f"--tpa-steps {args.tpa_steps} adapts the text encoder, which --adapt "
                         f"{args.adapt} keeps frozen: use --tpa-steps 0")
+    is_rpmd = args.distill in ("rpmd", "frozen") and args.adapt in ("both", "text")
+    if args.tpa_steps is None and not is_rpmd:
+        args.tpa_steps = 0  # it is part of RPMD, and for a text encoder that trains
     for flag, row in recipe.items():
         name = flag.replace("-", "_")
         if getattr(args, name) is None:
             setattr(args, name, row[column])
     if args.pretrained is None:
-        args.pretrained = "openai"
-        if args.clip == "tiny":
-            args.pretrained = "toy" if toy else "none"
-        elif args.init_cat_seg:
-            args.pretrained = "none"
-    cuda = torch.cuda.is_available()
+        args.pretrained = "none" if args.clip == "tiny" or args.init_cat_seg else "openai"
+        if toy and args.clip == "tiny":
+            args.pretrained = "toy"
     if args.precision is None:
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bf16" if bf16 else "fp32"
@@ -100,28 +95,18 @@ def fill_in(args, recipe):
 
 def parse_evaluation(description, datasets, reported, argv=None):
     """The flags of an evaluation. datasets: what --datasets may name; reported: what all means."""
-    p = argparse.ArgumentParser(description=description,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
-    add("--checkpoint", required=True, help="of train.py, or one CAT-Seg published")
+    parser, add = shared_flags(description)
+    add("--checkpoint", required=True, help="of train.py, or one that CAT-Seg published")
     add("--datasets", nargs="+", default=["toy"],
-                   help=f"{', '.join(datasets)}; all: {', '.join(reported)}")
+        help=f"{', '.join(datasets)}; all: {', '.join(reported)}")
     add("--split", default="val")
-    add("--data-root", help="the folder that holds the datasets (default $RPMD_DATA, "
-                                       "else $DETECTRON2_DATASETS, else ./datasets)")
-    add("--image", nargs="+",
-                   help="pictures, folders of pictures or patterns, to label instead of a dataset")
-    add("--classes",
-                   help="names to look for, a file or comma-separated (default: a dataset's own)")
+    add("--image", nargs="+", help="pictures, folders or patterns of them, to label with --classes")
     add("--views", choices=("sliding", "whole"),
-                   help="CAT-Seg's five views, or one (default: one for toy)")
+        help="CAT-Seg's five views, or one (default: one for toy)")
     add("--zero-shot", action="store_true", help="CLIP itself, without the head")
-    add("--save-labels", action="store_true",
-                   help="write the predicted labels as png, 16-bit from 257 classes on")
-    add("--save-pictures", type=flags.non_negative_int, default=0, metavar="N",
-                   help="draw N images: ground truth, prediction")
-    add("--timeout", type=flags.positive, default=30,
-                   help="minutes that a process waits for the others (default 30)")
-    add("--out", help="folder to write to (default: eval beside the checkpoint; with "
-                                 "--image, beside the picture)")
-    return p.parse_args(argv)
+    add("--save-labels", action="store_true", help="write labels as png, 16-bit from 257 classes")
+    add("--save-pictures", type=non_negative_int, default=0, metavar="N",
+        help="draw N images: ground truth, prediction")
+    add("--out", help="folder to write to (default: eval/ beside the checkpoint; with --image, "
+                      "beside the picture)")
+    return parser.parse_args(argv)

@@ -16,17 +16,22 @@ def first_line(error):
 
 
 @contextlib.contextmanager
-def reading(path, kind):
-    """Whatever a decoder stumbles over in a broken file, and raises, becomes a UserError."""
+def reading(path, kind, why=None):
+    """Whatever a broken or foreign file makes a library raise becomes a UserError that names it.
+    why: said in place of the library's words, unless they tell which tensors do not fit."""
     try:
         yield
     except ImportError as e:
         raise UserError(f"{path} needs a package to be read: pip install {e.name}") from e
     except Exception as e:
-        what = " ".join(str(e).split()) or type(e).__name__
+        if isinstance(e, UserError) and str(path) in str(e):
+            raise
+        said = " ".join(str(e).split()) or type(e).__name__
         if isinstance(e, KeyError):
-            what = f"there is no {e} in it"
-        raise UserError(f"{path} can't be read as {kind} ({what[:200]})") from e
+            said = f"there is no {e} in it"
+        if why and "state_dict" not in said and not isinstance(e, PermissionError):
+            said = why
+        raise UserError(f"{path} can't be read as {kind} ({said[:200]})") from e
 
 
 @contextlib.contextmanager

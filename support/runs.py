@@ -6,7 +6,6 @@ import json
 import os
 import re
 import resource
-import signal
 import socket
 import sys
 import time
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from support.errors import UserError, writing
+from support.signals import Interruption  # noqa: F401, offered here
 
 control = None  # process group for small messages between CPUs, whatever the devices
 roll_call = None  # another one, which says who is missing when a collective has failed
@@ -28,16 +28,15 @@ def start_processes(minutes):
     minutes: how long a process waits for the others before it gives up.
     """
     global control, roll_call
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1:
         timeout = timedelta(minutes=minutes)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=timeout)
         control = dist.new_group(backend="gloo", timeout=timeout)
         roll_call = dist.new_group(backend="gloo", timeout=timeout)
     return rank, world, device
@@ -58,8 +57,7 @@ def agree_on(value, what):
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=control)
         if len(set(values)) > 1:
-            different = sorted(set(values), key=str)
-            raise UserError(f"{what} differs between processes: {different}")
+            raise UserError(f"{what} differs between processes: {sorted(set(values), key=str)}")
 
 
 def leave_process_group(worker):
@@ -129,34 +127,6 @@ def who_is_missing():
         if hanging:
             return f"rank {hanging[1]}, which hangs"
     return "another, which has ended: see its error, or torchrun's summary"
-
-
-class Interruption:
-    """Ctrl-C and SIGTERM ask for a stop after the running step, a second Ctrl-C ends the process;
-    where nothing is lost (at_once), they raise KeyboardInterrupt."""
-
-    def __init__(self, at_once=False):
-        self.asked = False
-        self.at_once = at_once
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
-
-    def ask(self, number, frame):
-        if self.at_once:
-            raise KeyboardInterrupt
-        if self.asked and number == signal.SIGINT:
-            # not an exception: it would tear a backward pass apart, and the interpreter with it
-            os.write(2, b"stopped\n")
-            os._exit(130)
-        self.asked = True
-
-    @contextlib.contextmanager
-    def right_now(self, at_once=True):
-        """Around what may take minutes and can be repeated."""
-        before = self.at_once
-        self.at_once = at_once
-        yield
-        self.at_once = before
 
 
 def due(n, step):

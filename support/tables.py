@@ -9,24 +9,23 @@ TITLES = {"mIoU_ground_truth": "mIoU over classes with ground truth (as CAT-Seg,
 
 
 def format_table(rows):
-    """Rows of cells as lines of a Markdown table, numbers with one decimal; the first row is the
-    header."""
+    """Rows of cells as a Markdown table, numbers with one decimal; the first row is the header."""
     cells = [[f"{c:.1f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = []
     for first, *others in cells:
-        padded = [first.ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        padded = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
         lines.append("| " + " | ".join(padded) + " |")
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
 
 
 def format_result(result):
     """IoU by class, best first, then the summary: what evaluate.summary gives, as text."""
     ious = result["classes"]
-    scored = sorted((name for name in ious if ious[name] is not None), key=ious.get, reverse=True)
-    classes = [["class", "IoU"], *([name, ious[name]] for name in scored)]
+    scored = [name for name in ious if ious[name] is not None]
+    classes = [["class", "IoU"]]
+    classes += [[name, ious[name]] for name in sorted(scored, key=ious.get, reverse=True)]
     classes += [[name, "no pixels"] for name in ious if ious[name] is None]
     means = [["per cent", "name"]]
     means += [[TITLES[key], result[key]] for key in TITLES if result.get(key) is not None]

@@ -1,7 +1,6 @@
 """Weights from files: CLIP's as published, CAT-Seg's, and our own checkpoints. What is wrong with a
 file, a flag or the network becomes a UserError that names it."""
 import functools
-import pickle
 import warnings
 import zipfile
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from model import build as build_segmenter, clip_sizes
 from support.cat_seg import CLIPS, from_cat_seg
-from support.errors import UserError, first_line
+from support.errors import UserError, first_line, reading
 
 NOT_PLAIN = {"custom_text", "multimodal_cfg", "timm_model_name", "attentional_pool",
              "hf_model_name", "hf_tokenizer_name", "no_causal_mask"}  # in open_clip's sizes
@@ -20,12 +19,12 @@ DAMAGED = "it is cut short, damaged or holds code"
 
 
 def build(clip, pretrained, image_size=384, channels=128):
-    """A Segmenter over a CLIP with published weights.
+    """A Segmenter over a CLIP with published weights. Raises UserError.
 
     clip: "tiny" (the toy world's size) or the name of an open_clip ViT, such as
     "ViT-B-16-quickgelu". pretrained: one of open_clip's tags ("openai": downloaded once), a file
     with weights of that model, or None for random ones. image_size: side of the training crops.
-    channels: width of the head, 128 in CAT-Seg. Raises UserError.
+    channels: width of the head, 128 in CAT-Seg.
     """
     check_sizes(clip, image_size, channels)
     load_weights = None
@@ -63,16 +62,15 @@ def find_clip(clip, pretrained):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(clip)) or "none"
         raise UserError(f"--pretrained {pretrained}: neither a file nor one of open_clip's tags "
                         f"for {clip}: {tags}")
-    computed = trained = clip_sizes(clip).get("quick_gelu", False)
-    if tag:
-        trained = tag.get("quick_gelu", False)
-    elif is_torchscript(pretrained):  # only OpenAI published these; other files don't say
-        trained = True
-    if trained != computed:
-        names = ("GELU", "QuickGELU")
-        fitting = clip + "-quickgelu" if trained else clip.removesuffix("-quickgelu")
-        raise UserError(f"--pretrained {pretrained} was trained with {names[trained]} and "
-                        f"--clip {clip} computes {names[computed]}: use --clip {fitting}")
+    quick = clip_sizes(clip).get("quick_gelu", False)
+    # OpenAI alone published TorchScript; other files do not say what they were trained with
+    trained_quick = tag.get("quick_gelu", False) if tag else quick or is_torchscript(pretrained)
+    if quick and not trained_quick:
+        raise UserError(f"--pretrained {pretrained} was trained with GELU and --clip {clip} "
+                        f"computes QuickGELU: use --clip {clip.removesuffix('-quickgelu')}")
+    if trained_quick and not quick:
+        raise UserError(f"--pretrained {pretrained} was trained with QuickGELU and --clip {clip} "
+                        f"computes GELU: use --clip {clip}-quickgelu")
     return download(tag, pretrained) if tag else pretrained
 
 
@@ -98,20 +96,16 @@ def download(tag, pretrained):
 
 def load_clip(clip_model, clip, pretrained, path):
     """Fill an open_clip.model.CLIP from a file: OpenAI's archives, or what open_clip reads."""
-    try:
-        if is_torchscript(path):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch.jit is deprecated
-                state = torch.jit.load(path, map_location="cpu").float().state_dict()
-            for constant in ("input_resolution", "context_length", "vocab_size"):
-                state.pop(constant, None)
-            clip_model.load_state_dict(state)
-        else:
+    with reading(f"--pretrained {pretrained}", f"weights of {clip}", DAMAGED):
+        if not is_torchscript(path):
             open_clip.load_checkpoint(clip_model, path, strict=True, weights_only=True)
-    except Exception as e:  # of libraries, among them PyTorch's advice to run the code in a file
-        broken = isinstance(e, (pickle.UnpicklingError, EOFError, OSError))
-        why = DAMAGED if broken else " ".join(str(e).split())[:300] or type(e).__name__
-        raise UserError(f"--pretrained {pretrained}: could not be loaded into {clip}: {why}") from e
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit is deprecated
+            state = torch.jit.load(path, map_location="cpu").state_dict()
+        for constant in ("input_resolution", "context_length", "vocab_size"):
+            state.pop(constant, None)
+        clip_model.load_state_dict(state)
 
 
 def is_torchscript(path):
@@ -128,18 +122,13 @@ def read_checkpoint(path):
     published; they are told apart by their content. Nothing in the file is executed."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint file")
-    try:
+    with reading(path, "a checkpoint of tensors and plain containers", DAMAGED):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
             if unpacked > 2 * Path(path).stat().st_size:  # torch writes uncompressed ones
                 raise UserError(f"{path} unpacks to more than twice its size: it is no checkpoint")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as e:  # never with PyTorch's text, which advises to run the file's code
-        why = e.strerror if isinstance(e, PermissionError) else DAMAGED
-        raise UserError(f"{path} is not a checkpoint of tensors and plain containers: {why}") from e
     state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not is_state_dict(state):
         state = {}
@@ -167,17 +156,10 @@ def load(path):
 
 def from_checkpoint(checkpoint, path):
     """The Segmenter in a dict of `read_checkpoint`; path only names it in errors."""
-    try:
+    with reading(path, "a checkpoint of this version"):
         config = checkpoint["config"]
         model = build(config["clip"], None, config["image_size"], config["channels"])
         load_state(model, checkpoint["model"], path)
-    except Exception as e:  # whatever a stranger's file may hold instead
-        reason = first_line(e)
-        if not isinstance(e, UserError):
-            reason = f"{type(e).__name__}: {reason}"
-        if str(path) not in reason:
-            reason = f"{path} can't be loaded ({reason})"
-        raise UserError(reason) from e
     return model
 
 
@@ -188,12 +170,12 @@ def load_into(model, path):
 
 def load_state(model, state, path):
     """Like load_state_dict(strict=True), with one sentence about the tensors that don't fit."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    differ = sorted(name for name in shapes | found if shapes.get(name) != found.get(name))
+    differ = sorted({name for name, _ in expected.items() ^ found.items()})
     if differ:
-        first = differ[0]
+        name = differ[0]
         raise UserError(f"{path} does not fit {model.config['clip']}: {len(differ)} tensors "
-                        f"differ, {first} first (expected {shapes.get(first)}, found "
-                        f"{found.get(first)})")
+                        f"differ, {name} first (expected {expected.get(name)}, found "
+                        f"{found.get(name)})")
     model.load_state_dict(state)

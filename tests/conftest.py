@@ -1,9 +1,13 @@
 """What the tests share: the project on the path, a tiny segmenter, pictures of a dataset made on
 the spot."""
 
+import functools
+import json
 import os
+import select
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -44,22 +48,45 @@ def folder(tmp_path):
     return root
 
 
-def run(*command, processes=1, check=True, **options):
-    """Run one of the project's scripts as a user would. Returns the CompletedProcess."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        if processes > 1
-        else []
-    )
+@functools.cache
+def server():
+    """The fork server, which lives as long as the tests do; see forkserver.py."""
     env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    done = subprocess.run(
-        [sys.executable, *launcher, *map(str, command)],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        **options,
-    )
+    command = [sys.executable, str(ROOT / "tests" / "forkserver.py")]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+
+
+def run(*command, processes=1, check=True, fork=True, timeout=300, cwd=ROOT, env=None):
+    """Run one of the project's scripts as a user would; with fork=False in processes of its own, of
+    several ones by torchrun. Returns a CompletedProcess."""
+    command = list(map(str, command))
+    if fork:
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder, "out"), Path(folder, "err")
+            job = dict(argv=command, env=env or {}, cwd=str(cwd), processes=processes)
+            job.update(out=str(out), err=str(err))
+            print(json.dumps(job), file=server().stdin, flush=True)
+            if not select.select([server().stdout], [], [], timeout)[0]:
+                server().kill()
+                server.cache_clear()
+                raise TimeoutError(f"{command} takes more than {timeout} seconds")
+            status = int(server().stdout.readline())
+            done = subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
+    else:
+        launcher = []
+        if processes > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone"]
+            launcher.append(f"--nproc_per_node={processes}")
+        env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", **(env or {}))
+        done = subprocess.run(
+            [sys.executable, *launcher, *command],
+            cwd=cwd,
+            env=env,
+            text=True,
+            capture_output=True,
+            timeout=timeout,
+        )
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 

@@ -1,11 +1,10 @@
-"""What training and reading survive: kills, broken files, long runs. By hand, a line of figures
-each:
+"""What training and reading survive: kills, broken files, long runs. By hand, a line of figures:
 
-    python tests/survive.py kill --times 20          killed runs must end bit for bit like one that
-was left alone
-    python tests/survive.py fuzz --count 2000        broken files must give a result or one
-sentence with the path
-    python tests/survive.py memory --steps 2000      memory and open files over a long run
+    python tests/survive.py kill --times 20      killed runs end bit for bit like one left alone
+    python tests/survive.py signals --times 40   Ctrl-C, SIGTERM, SIGHUP at any moment: likewise
+    python tests/survive.py twice --times 20     several runs into one folder: one of them wins
+    python tests/survive.py fuzz --count 2000    broken files give a result or one sentence
+    python tests/survive.py memory --steps 2000  memory and open files over a long run
 
 `fuzz --seed S --first I --count 1` repeats the item I that a failure names. Exit status 1 on a
 failure.
@@ -19,6 +18,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import select
 import signal
@@ -210,6 +210,101 @@ def kill(times=20, seed=0, steps=30, every=5, moments=("any", "writing", "writte
             ended += 1
             if sum(hits.values()) >= times or process.returncode:
                 return hits, ended, wrong
+
+
+# Signals, and several runs in one folder
+
+
+def uninterrupted(root, *flags):
+    """(folder of pictures, folder of a run that was left alone, its seconds)."""
+    folder, whole = pictures(root / "data"), root / "whole"
+    begin = time.time()
+    if start(command(folder, whole, *flags), root / "words").wait():
+        raise SystemExit((root / "words").read_text())
+    return folder, whole, time.time() - begin
+
+
+KINDS = {
+    "SIGINT": [signal.SIGINT],
+    "SIGTERM": [signal.SIGTERM],
+    "SIGHUP": [signal.SIGHUP],
+    "SIGINT twice": [signal.SIGINT, signal.SIGINT],
+}
+
+
+def signals(times=40, seed=0, steps=30, processes=(1, 2)):
+    """Signals at random moments from the first import to the last line, to a run alone and to one
+    under torchrun. Returns ({(kind, exit status): number}, what was wrong)."""
+    rng, ends, wrong = np.random.default_rng(seed), collections.Counter(), []
+    flags = ["--log-every", "1", "--eval-every", "5", "--save-every", "1", "--steps", steps]
+    with tempfile.TemporaryDirectory() as root:
+        root = Path(root)
+        folder, whole, longest = uninterrupted(root, *flags)
+        for i in range(times):
+            out, words = root / f"run-{i}", root / "words"
+            kind = list(KINDS)[i % len(KINDS)]
+            n = processes[i // len(KINDS) % len(processes)]
+            line = command(folder, out, *flags)
+            if n > 1:
+                line[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+            process = start(line, words)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0.02, n * longest))
+            for number in KINDS[kind]:
+                if process.poll() is None:
+                    (os.kill if n > 1 else os.killpg)(process.pid, number)
+                    time.sleep(rng.uniform(0, 0.2))
+            try:
+                status = process.wait(120)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                status = "hangs"
+            said = words.read_text()
+            name = kind if n == 1 else f"{kind}, {n} processes"
+            ends[name, status] += 1
+            ours = said.split("torch/distributed")[0]  # torchrun's own traceback is torchrun's
+            if (
+                n == 1
+                and (status not in (0, 130) or "Traceback" in said)
+                or status == "hangs"
+                or 'train.py", line' in ours
+                or -signal.SIGSEGV == status
+            ):
+                wrong.append(f"{name}, item {i}: exit status {status}: {said[-600:]}")
+            again = start(command(folder, out, *flags), words)
+            if again.wait():
+                wrong.append(f"{name}, item {i}, continued: {words.read_text()[-600:]}")
+            elif n == 1:  # two processes add up in another order
+                wrong += [f"{name}, item {i}: {d} differs" for d in differences(whole, out)]
+    return ends, wrong
+
+
+def twice(times=20, seed=0, steps=8):
+    """Two or four runs into one folder at once. Returns (how many were refused, what was wrong)."""
+    rng, refused, wrong = np.random.default_rng(seed), 0, []
+    flags = ["--log-every", "1", "--eval-every", "5", "--save-every", "1", "--steps", steps]
+    with tempfile.TemporaryDirectory() as root:
+        root = Path(root)
+        folder, whole, _ = uninterrupted(root, *flags)
+        for i in range(times):
+            out = root / f"run-{i}"
+            runs_at_once = []
+            for k in range((2, 4)[i % 2]):
+                words = root / f"words-{k}"
+                runs_at_once.append((start(command(folder, out, *flags), words), words))
+                time.sleep(rng.uniform(0, 0.3))
+            won = 0
+            for process, words in runs_at_once:
+                status, said = process.wait(), words.read_text().strip().splitlines()[-1]
+                won += status == 0
+                if status:
+                    refused += 1
+                    if not re.search("is in use by process \\d+ on ", said):
+                        wrong.append(f"item {i}: exit status {status}: {said}")
+            if won != 1:
+                wrong.append(f"item {i}: {won} of {len(runs_at_once)} runs ended well")
+            wrong += [f"item {i}: {name} differs" for name in differences(whole, out)]
+    return refused, wrong
 
 
 # Broken files
@@ -906,6 +1001,8 @@ def main():
     verbs = p.add_subparsers(dest="verb", required=True)
     for verb, option, value in (
         ("kill", "--times", 20),
+        ("signals", "--times", 40),
+        ("twice", "--times", 20),
         ("fuzz", "--count", 2000),
         ("memory", "--steps", 2000),
     ):
@@ -924,6 +1021,19 @@ def main():
             f"kill --seed {args.seed}: {sum(hits.values())} kills ({where}), {ended} runs ended, "
             f"{len(wrong)} differences from the uninterrupted run"
         )
+    elif args.verb == "signals":
+        ends, wrong = signals(args.times, args.seed)
+        print("\n".join(wrong[:20]))
+        for (kind, status), n in sorted(ends.items(), key=str):
+            print(f"  {n} x {kind}: exit status {status}")
+        print(f"signals --seed {args.seed}: {args.times} runs, {len(wrong)} failures")
+    elif args.verb == "twice":
+        refused, wrong = twice(args.times, args.seed)
+        print("\n".join(wrong[:20]))
+        print(
+            f"twice --seed {args.seed}: {args.times} folders, {refused} runs refused, "
+            f"{len(wrong)} failures"
+        )
     elif args.verb == "fuzz":
         outcomes = fuzz(args.count, args.seed, args.first)
         groups = collections.defaultdict(list)
@@ -932,10 +1042,8 @@ def main():
                 groups[o["kind"], o["how"], o["wrong"]].append(args.first + i)
         wrong = [i for group in groups.values() for i in group]
         for (kind, how, what), found in sorted(groups.items()):
-            print(
-                f"{kind} ({how}): {what}, items {', '.join(map(str, found[:5]))}{' ...' * (len(found) > 5)}: "
-                f"{outcomes[found[0] - args.first]['said']!r}"
-            )
+            said = outcomes[found[0] - args.first]["said"]
+            print(f"{kind} ({how}): {what}, {len(found)} items, such as {found[:5]}: {said!r}")
         counts = ", ".join(
             f"{n} {k}" for k, n in collections.Counter(o["kind"] for o in outcomes).items()
         )
@@ -951,10 +1059,11 @@ def main():
         half = samples[samples[:, 0] >= args.steps / 2]
         slope, files = np.polyfit(half[:, 0], half[:, 1], 1)[0] * 1000, half[:, 2]
         print(
-            f"memory: {args.steps} steps in {seconds:.0f} s, {len(samples)} samples, {slope:+.2f} MB per 1000 steps "
-            f"over the second half ({half[:, 1].min():.0f} to {half[:, 1].max():.0f} MB resident), open files "
-            f"{samples[0, 2]:.0f} at the start, {files.min():.0f} to {files.max():.0f} in the second half, "
-            f"{samples[-1, 2]:.0f} at the end"
+            f"memory: {args.steps} steps in {seconds:.0f} s, {len(samples)} samples, "
+            f"{slope:+.2f} MB per 1000 steps over the second half ({half[:, 1].min():.0f} to "
+            f"{half[:, 1].max():.0f} MB resident), open files {samples[0, 2]:.0f} at the start, "
+            f"{files.min():.0f} to {files.max():.0f} in the second half, {samples[-1, 2]:.0f} at "
+            "the end"
         )
     sys.exit(bool(wrong))
 

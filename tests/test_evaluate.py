@@ -14,6 +14,7 @@ import data
 import evaluate
 from conftest import run
 from losses import IGNORE
+from support.errors import UserError
 
 
 def photo(width, height, seed=0):
@@ -135,6 +136,25 @@ def test_segment_turns_photographs_upright_and_wants_a_list(tiny):
     for names in ("cat", []):
         with pytest.raises(ValueError, match="list of at least one class name"):
             evaluate.segment(tiny, image, names)
+
+
+def test_segment_takes_paths_and_arrays_and_nothing_else(tiny, tmp_path):
+    image, names = photo(130, 90), ["a", "b"]
+    image.save(tmp_path / "photo.png")
+    expected = evaluate.segment(tiny, image, names)
+    for other in (tmp_path / "photo.png", str(tmp_path / "photo.png"), np.asarray(image)):
+        assert torch.equal(evaluate.segment(tiny, other, names), expected)
+    gray = np.asarray(image.convert("L"))
+    assert evaluate.segment(tiny, gray, names).shape == (90, 130)
+    wrong = [None, 3, torch.zeros(3, 4, 4), np.zeros((4, 4, 3)), np.zeros((4, 4, 5), np.uint8)]
+    for thing in wrong:
+        with pytest.raises(UserError):
+            evaluate.segment(tiny, thing, names)
+    with pytest.raises(UserError, match="nowhere.jpg can't be read as an image"):
+        evaluate.segment(tiny, "nowhere.jpg", names)
+    for wrong, words in ((["a", "a"], "names 'a' twice"), (["a", ""], "no name on item 2")):
+        with pytest.raises(UserError, match=words):
+            evaluate.segment(tiny, image, wrong)
 
 
 def test_summary_separates_seen_from_unseen():

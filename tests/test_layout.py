@@ -41,7 +41,7 @@ def modules():
 
 def test_on_top_are_the_seven_and_three_folders():
     assert {path.stem for path in ROOT.glob("*.py")} == set(SEVEN)
-    ours = {path.parent.name for path in ROOT.glob("*/*.py") if not path.parent.name.startswith(".")}
+    ours = {path.parent.name for path in ROOT.glob("[!.]*/*.py")}
     assert ours - {"tests", "out", "venv"} == set(FOLDERS)
 
 

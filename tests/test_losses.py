@@ -344,3 +344,23 @@ def test_spd_on_unit_vectors():
     unit = spd_loss(F.normalize(patches, dim=-1), F.normalize(teacher, dim=-1), mask)
     assert torch.equal(spd_loss(patches, teacher, mask, normalise=True), unit)
     assert not torch.isclose(spd_loss(patches, teacher, mask), unit)
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    """Nothing broadcasts silently, and no label is clamped into another class."""
+    patches, teacher, text, labels = batch(0)
+    mask = reference_mask(teacher, text, labels)
+    for wrong in (
+        (patches, teacher[:1], mask),
+        (patches, teacher, mask[:, :1]),
+        (patches[0], teacher, mask),
+    ):
+        with pytest.raises(ValueError, match="momentum_patches .* and mask .* do not fit patches"):
+            spd_loss(*wrong)
+    prototypes, valid = class_prototypes(teacher, class_reference_masks(mask, labels, K))
+    for label in (K, 255, -2):
+        labels[0, 0] = label
+        with pytest.raises(ValueError, match=rf"labels should lie in -1\.\.{K - 1}"):
+            contrast_mask(valid, labels, mask)
+        with pytest.raises(ValueError, match="labels should lie in"):
+            cpa_loss(patches, prototypes, valid, labels, mask, TAU)

@@ -256,6 +256,7 @@ def test_one_of_two_processes_fails(folder, tmp_path, fate, seconds, words):
         processes=2,
         check=False,
         timeout=150,
+        fork=False,
     )
     assert time.time() - happened.stat().st_mtime < seconds
     said = done.stderr.partition(
@@ -367,7 +368,7 @@ def test_what_is_no_checkpoint_is_refused_and_kept(go, tmp_path, kind):
 
 
 def test_files_broken_in_any_way_give_a_result_or_one_sentence():
-    done = run("tests/survive.py", "fuzz", "--count", "150", check=False, timeout=300)
+    done = run("tests/survive.py", "fuzz", "--count", "150", check=False, fork=False)
     assert done.returncode == 0 and "150 files" in done.stdout, done.stdout + done.stderr[-2000:]
 
 

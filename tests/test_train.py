@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import train
@@ -83,6 +84,51 @@ def tensors(checkpoint):
 
 def log(folder):
     return runs.read_log(folder / "log.jsonl")
+
+
+def test_a_step_is_figure_1(tiny):
+    """Reference patches and prototypes are the momentum encoder's, Q and the losses the
+    target's."""
+    torch.manual_seed(1)
+    momentum = train.MomentumEncoder(tiny.image_encoder, 0.0)
+    with torch.no_grad():
+        for p in tiny.image_encoder.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    names, images = ["red", "green", "blue"], torch.randn(2, 3, 64, 64)
+    tokens, pixel_labels = tiny.tokenize(names), torch.randint(-1, 3, (2, 8, 8))
+    pixel_labels = pixel_labels.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    args = train.parse(["--lambda-spd", "2", "--lambda-cpa", "3", "--spd-features", "raw"])
+    loss, figures = train.step_losses(tiny, momentum, images, pixel_labels, tokens, args)
+    with torch.no_grad():
+        text = tiny.encode_text(tokens)
+        V, V_M = tiny.encode_image(images)[0], momentum(images)[0]
+        G = pixel_labels[:, ::8, ::8].flatten(1)
+        right, right_M = (
+            F.cosine_similarity(v[:, :, None], text, dim=-1).argmax(-1) == G for v in (V, V_M)
+        )
+        assert right.any() and right_M.any() and not torch.equal(right, right_M)
+        spd, cpa, in_q = [], [], 0
+        for b in range(2):
+            spd.append((V[b] - V_M[b]).square().sum(-1)[right_M[b]].mean())
+            valid = [c for c in range(3) if (right_M[b] & (G[b] == c)).any()]
+            P = torch.stack([V_M[b][right_M[b] & (G[b] == c)].mean(0) for c in valid])
+            terms = [
+                -(F.cosine_similarity(V[b, p], P, dim=-1) / 0.1).log_softmax(0)[
+                    valid.index(G[b, p])
+                ]
+                for p in range(64)
+                if right[b, p] and G[b, p] in valid
+            ]
+            cpa.append(sum(terms) / len(terms))
+            in_q += len(terms)
+    figures = dict(zip(train.FIGURES, figures.tolist()))
+    assert figures["spd_loss"] == pytest.approx(sum(spd).item() / 2, rel=1e-4)
+    assert figures["cpa_loss"] == pytest.approx(sum(cpa).item() / 2, rel=1e-4)
+    assert figures["reference_patches"] == right_M.sum() and figures["contrast_patches"] == in_q
+    assert figures["labelled_patches"] == (G >= 0).sum()
+    expected = figures["segmentation_loss"] + 2 * figures["spd_loss"] + 3 * figures["cpa_loss"]
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_run(go, tmp_path):
@@ -192,6 +238,42 @@ def test_two_processes_equal_one_on_the_joined_batch(folder, tmp_path):
             for k in x
             if k not in ("seconds", "memory_gb", "grad_norm")
         )
+
+
+def test_the_command_as_it_stands(tmp_path):
+    """torchrun train.py --dataset coco-stuff: data where CAT-Seg's users have them, results in
+    out/coco-stuff, also where a toy run is; evaluate.py writes beside the checkpoint."""
+    for split in ("train", "val"):
+        for place in (f"images/{split}2017", f"annotations/{split}2017"):
+            (tmp_path / "data" / "coco-stuff" / place).mkdir(parents=True)
+        for i in range(3):
+            folder, name = tmp_path / "data/coco-stuff", f"{i:012}"
+            Image.new("RGB", (70, 66), ("red", "green", "blue")[i]).save(
+                folder / f"images/{split}2017/{name}.jpg"
+            )
+            Image.new("L", (70, 66), (0, 1, 255)[i]).save(
+                folder / f"annotations/{split}2017/{name}.png"
+            )
+    (tmp_path / "out/toy").mkdir(parents=True)
+    small = ("--clip", "tiny", "--pretrained", "none", "--steps", "2", "--channels", "16")
+    small += ("--image-size", "64", "--batch-size", "2", "--tpa-steps", "1")
+    where = dict(cwd=tmp_path, env={"DETECTRON2_DATASETS": str(tmp_path / "data")})
+    done = run(
+        ROOT / "train.py", "--dataset", "coco-stuff", *small, processes=2, fork=False, **where
+    )
+    out = tmp_path / "out/coco-stuff"
+    assert visible(out) == FILES and "171 classes" in done.stdout
+    assert (
+        "warning: --dataset coco-stuff: val has 3 images, and a complete download 5000"
+        in done.stdout
+    )
+    checkpoint = ("--checkpoint", out / "last.pt", "--datasets", "coco-stuff")
+    run(ROOT / "evaluate.py", *checkpoint, "--views", "whole", **where)
+    assert (out / "eval/coco-stuff.json").exists()
+    nowhere = dict(cwd=tmp_path, env={"RPMD_DATA": str(tmp_path / "no")})
+    done = run(ROOT / "train.py", "--dataset", "coco-stuff", *small, check=False, **nowhere)
+    words = ("--data-root", "$RPMD_DATA", "$DETECTRON2_DATASETS", "./datasets", "train2017.zip")
+    assert done.returncode == 1 and all(word in done.stderr for word in words), done.stderr
 
 
 def test_accumulation_equals_the_whole_batch(go):

@@ -12,11 +12,11 @@ import argparse
 from pathlib import Path
 
 from data import NAMES
-from study import compare, shift
+from study import compare, measures
 from support import runs
 from support.flags import non_negative_int, positive_int
 
-READ = (shift.pictures, shift.shift)
+READ = (measures.pictures, measures.shift)
 TRAIN = (compare.ablate, compare.curve, compare.spread, compare.sweep)
 
 

@@ -3,35 +3,46 @@
 A run is a dict of figures, a row of the table is {seed: run}, the same seeds in every row. A seed
 is a toy world: another split of the names, other scenes, another CLIP, initialisation and order. On
 pictures seed i holds out the i-th of the lists given to --unseen."""
+import hashlib
 import json
+import os
+import re
 import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy import stats
+from tqdm import tqdm
 
+from data import open_dataset
 from sources import tiny_clip
-from study.many import run_all
 from study.measures import SHIFTS, in_words, pearson
-from support import pictures, tables
+from support import pictures
 from support.errors import UserError
+from support.runs import Interruption, write_json
+from support.tables import format_table
 
+ZERO_SHOT, PLAIN, RPMD = "CLIP, zero-shot", "plain fine-tuning", "RPMD: + SPD + CPA + TPA"
 PARTS = {  # row of the table: flags of train.py
     "head only": "--distill none --tpa-steps 0 --adapt none",
-    "plain fine-tuning": "--distill none --tpa-steps 0",
+    PLAIN: "--distill none --tpa-steps 0",
     "+ TPA": "--distill none --tpa-steps 10",
     "+ SPD": "--distill rpmd --tpa-steps 0 --lambda-cpa 0",
     "+ CPA": "--distill rpmd --tpa-steps 0 --lambda-spd 0",
     "+ SPD + CPA": "--distill rpmd --tpa-steps 0",
-    "RPMD: + SPD + CPA + TPA": "--distill rpmd --tpa-steps 10",
+    RPMD: "--distill rpmd --tpa-steps 10",
     "RPMD, frozen teacher": "--distill frozen --tpa-steps 10",
     "MAFT+'s pooled distillation": "--distill pooled --tpa-steps 0",
     "plain, visual encoder only": "--distill none --tpa-steps 0 --adapt visual",
     "plain, text encoder only": "--distill none --tpa-steps 0 --adapt text"}
-ZERO_SHOT, PLAIN, RPMD = "CLIP, zero-shot", "plain fine-tuning", "RPMD: + SPD + CPA + TPA"
 METHODS = (PLAIN, "RPMD, frozen teacher", RPMD)  # of the curve
 RATES = ("0.03", "0.1", "0.2", "0.5", "1")  # of CLIP, as a part of the head's
-RATE = "--clip-lr-factor 1"  # of the table: plain overfits
+RATE = " --clip-lr-factor 1"  # of the table: plain overfits
 SWEEP = {  # rates, and one more thing at a time
     PLAIN: (*RATES, "0.1 --lr 0.005", "0.1 --steps 320", "0.1 --steps 320 --batch-size 4"),
     "+ SPD + CPA": (
@@ -41,10 +52,104 @@ SWEEP = {  # rates, and one more thing at a time
         "0.2 --spd-features raw --lambda-spd 0.01", "0.2 --tpa-steps 10 --tpa-lr 1e-4",
         "0.2 --tpa-steps 10 --tpa-lr 5e-4")}
 METRICS = ("seen", "unseen", "harmonic")  # mIoU in per cent
-FOOTNOTE = ("mIoU in per cent, mean ± standard deviation over seeds; [95 % interval of the mean "
-            "paired difference]; share of reference patches in training images before and after, "
-            "of the teacher where there is one; drift of reference patches in validation images, "
-            "1 − cos.")
+WORLD = {"--dataset", "--seed", "--unseen", "--out", "--restart"}  # flags that a run's seed decides
+ROOT = Path(__file__).parents[1]
+children = []  # processes that train, or have
+
+
+def check(rows, args):
+    """Refuse what can't be run before anything is."""
+    lists = args.unseen or []
+    fits = args.dataset.startswith("folder:") if lists else args.dataset == "toy"
+    if not fits:
+        raise UserError(f"--dataset {args.dataset}: {args.verb} takes toy, or folder:PATH together "
+                        'with --unseen "NAME, NAME", what to hold out of segmentation training')
+    if args.seeds < 2:
+        raise UserError(f"--seeds {args.seeds}: what chance does takes two or more to tell")
+    if lists and args.seeds % len(lists):
+        raise UserError(f"--seeds {args.seeds} is no multiple of the {len(lists)} lists of "
+                        "--unseen")
+    for unseen in lists:
+        open_dataset(args.dataset, None, "train", unseen=unseen)
+    varied = WORLD.union(" ".join(rows.values()).split())
+    for word in args.further:
+        if word.startswith("--") and word.partition("=")[0] in varied:
+            raise UserError(f"{word} can't be given for all runs: it is what {args.verb} varies")
+
+
+def variant(flags, seed, args):
+    """(flags of train.py, of which the last holds of two equal ones; folder of the run)."""
+    world, kind = ["--dataset", f"toy:{seed}"], [*args.further, flags]
+    if args.unseen:
+        unseen = args.unseen[(seed - args.first_seed) % len(args.unseen)]
+        world = ["--dataset", args.dataset, "--clip", "tiny", "--pretrained", "crops",
+                 "--unseen", unseen]
+        kind.append(args.dataset)
+    rest = ["--seed", str(seed), "--eval-every", "0", "--save-every", "0"]
+    name = re.sub(r"[^\w.]+", "-", " ".join(kind)).strip("-")
+    flags = [*world, *rest, *args.further, *shlex.split(flags)]
+    return flags, Path(args.out, "runs", name, f"seed-{seed}")
+
+
+def code():
+    """A fingerprint of every file that train.py may read, but what draws and prints."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("sources/*.py"), *ROOT.glob("support/*.py"),
+             *(ROOT / "study" / name for name in ("measures.py", "progress.py", "rivals.py"))]
+    decisive = sorted(set(files) - {ROOT / "support/pictures.py", ROOT / "support/tables.py"})
+    return hashlib.sha256(b"".join(path.read_bytes() for path in decisive)).hexdigest()[:12]
+
+
+def finished(flags, out):
+    """The results.json of a run that has ended and had these flags, or None."""
+    try:
+        results = json.loads((out / "results.json").read_text())
+        return results if results["made_by"]["flags"] == flags else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def train(flags, out):
+    """A run in a process of its own. Returns its results.json, or a sentence on why it failed."""
+    begin, version, log = time.time(), code(), out / "output.txt"
+    out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", str(out), "--restart"]
+    with log.open("w") as output:
+        child = subprocess.Popen(command, stdout=output, stderr=output)
+    children.append(child)
+    if child.wait():
+        last = (log.read_text(errors="replace").strip() or "no output").splitlines()[-1]
+        return f"exit status {child.returncode}, {log} ends with: {last[:300]}"
+    (out / "last.pt").unlink(missing_ok=True)  # 40 MB that nothing needs
+    results = json.loads((out / "results.json").read_text())
+    minutes = (time.time() - begin) / 60
+    results["made_by"] = {"flags": flags, "code": version, "minutes": minutes}
+    write_json(results, out / "results.json")
+    return results
+
+
+def train_all(jobs, args):
+    """Results of jobs (flags, folder of a run), several side by side, on a CPU with one thread each.
+    Runs that have ended are read. Raises UserError in the end when some failed."""
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    Interruption(at_once=True)
+    with ThreadPoolExecutor(args.jobs or (os.cpu_count() if on_cpu else 1)) as pool:
+        try:
+            results = pool.map(lambda job: finished(*job) or train(*job), jobs)
+            results = list(tqdm(results, args.verb, len(jobs), unit="run"))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in children:
+                child.terminate()
+    failed = [result for result in results if isinstance(result, str)]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(jobs)} runs failed; the same command tries them "
+                        f"again. The first: {failed[0]}")
+    if {result["made_by"]["code"] for result in results} != {code()}:
+        print(f"note: some of the runs in {args.out} were made by another version of the code; "
+              "another --out runs them anew")
+    return results
 
 
 def figures(results, untrained=False):
@@ -56,7 +161,7 @@ def figures(results, untrained=False):
     return {**{key: scores[key] for key in METRICS},
             "share_before": results["before_tpa"]["reference_share"],
             "share_after": end["reference_share"], "drift": end["reference_drift"],
-            **{key: shift[key] for key in SHIFTS}, **results.get("made_by", {})}
+            **{key: shift[key] for key in SHIFTS}, **results["made_by"]}
 
 
 def interval(numbers):
@@ -70,11 +175,11 @@ def interval(numbers):
 
 def summarise(name, runs, base=None):
     """A summary of a row's runs, paired by seed with those of the row base."""
+    summary = {"row": name, "seeds": runs}
     for seed, run in runs.items():
-        if None in (run["seen"], run["unseen"]):
+        if run["harmonic"] is None:
             raise UserError(f"{name}, seed {seed}: none of the seen, or none of the unseen names "
                             "has ground truth to be scored on")
-    summary = {"row": name, "seeds": runs}
     for key in (*METRICS, "share_before", "share_after", "drift"):
         summary[key] = interval([run[key] for run in runs.values()])
     if base:
@@ -82,6 +187,22 @@ def summarise(name, runs, base=None):
             key: interval([run[key] - base[seed][key] for seed, run in runs.items()])
             for key in METRICS}
     return summary
+
+
+def compare(args, rows, against, start=None):
+    """Train every row {name: flags} with every seed. Returns their summaries; where `start` is a
+    row from whose runs the untrained CLIP is told, that comes first. against: {row: the one it is
+    paired with}."""
+    check(rows, args)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    # all seeds of the first row come first: they pre-train the CLIPs that the others find
+    jobs = {(row, seed): variant(rows[row], seed, args) for row in rows for seed in seeds}
+    results = dict(zip(jobs, train_all(jobs.values(), args)))
+    found = {row: {seed: figures(results[row, seed]) for seed in seeds} for row in rows}
+    if start:
+        of_clip = {seed: figures(results[start, seed], untrained=True) for seed in seeds}
+        found = {ZERO_SHOT: of_clip, **found}
+    return [summarise(row, runs, found.get(against.get(row))) for row, runs in found.items()]
 
 
 def values(summaries, key):
@@ -92,22 +213,16 @@ def values(summaries, key):
 def correlations(summaries):
     """Of each shift with unseen mIoU over all runs, {shift: Pearson's r or None}; and within seeds:
     after a seed's mean over rows is taken from both, since some worlds are easier than others."""
-    found, within_seeds = {}, {}
-    for key in SHIFTS:
-        pair = np.stack([values(summaries, key), values(summaries, "unseen")])  # [2,rows,seeds]
-        pair[:, np.isnan(pair).any(0)] = np.nan
-        found[key] = pearson(*pair)
-        means = np.ma.masked_invalid(pair).mean(1, keepdims=True).filled(np.nan)
-        within_seeds[key] = pearson(*(pair - means))
-    return found, within_seeds
+    unseen = values(summaries, "unseen")
+    return [{key: pearson(values(summaries, key), unseen, within_seeds) for key in SHIFTS}
+            for within_seeds in (False, True)]
 
 
 def describe_correlations(summaries):
     """`correlations` as a sentence."""
-    found, within_seeds = correlations(summaries)
-    count = values(summaries, "unseen").size
-    return (f"Pearson correlation with unseen mIoU over {count} runs: {in_words(found)}; within "
-            f"seeds: {in_words(within_seeds)}.")
+    found, within_seeds = map(in_words, correlations(summaries))
+    return (f"Pearson correlation with unseen mIoU over {values(summaries, 'unseen').size} runs: "
+            f"{found}; within seeds: {within_seeds}.")
 
 
 def markdown(summaries):
@@ -115,26 +230,15 @@ def markdown(summaries):
     rows = [["", *METRICS, *(f"{key} − plain" for key in METRICS), "unseen better in",
              "reference share", "drift"]]
     for s in summaries:
+        cells = [s["row"], *("{mean:.1f} ± {sd:.1f}".format(**s[key]) for key in METRICS)]
         pairs = [""] * 4
         if "against_plain" in s:
-            pairs = ["{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(**s["against_plain"][key])
-                     for key in METRICS]
+            pairs = ["{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(**interval)
+                     for interval in s["against_plain"].values()]
             pairs.append("{above} of {n}".format(**s["against_plain"]["unseen"]))
-        scores = ["{mean:.1f} ± {sd:.1f}".format(**s[key]) for key in METRICS]
         share = f"{s['share_before']['mean']:.2f} → {s['share_after']['mean']:.2f}"
-        rows.append([s["row"], *scores, *pairs, share, f"{s['drift']['mean']:.3f}"])
-    return tables.format_table(rows)
-
-
-def compare(args, rows, against, start=None):
-    """Train every row {name: flags}. Returns their summaries; where `start` is a row from whose
-    runs the untrained CLIP is told, that comes first. against: {row: the one it is paired with}."""
-    results, found = run_all(rows, args), {}
-    if start:
-        found[ZERO_SHOT] = {seed: figures(r, untrained=True) for seed, r in results[start].items()}
-    for row, of_row in results.items():
-        found[row] = {seed: figures(r) for seed, r in of_row.items()}
-    return [summarise(row, runs, found.get(against.get(row))) for row, runs in found.items()]
+        rows.append([*cells, *pairs, share, f"{s['drift']['mean']:.3f}"])
+    return format_table(rows)
 
 
 def write(args, summaries, text, points=None):
@@ -149,10 +253,13 @@ def write(args, summaries, text, points=None):
         paired = {s["row"]: s["against_plain"] for s in summaries if "against_plain" in s}
         pictures.differences(png, {key: {row: pairs[key] for row, pairs in paired.items()}
                                    for key in ("unseen", "seen")})
-    lines = [json.dumps({"row": s["row"], "seed": seed, **run})
+    lines = [json.dumps({"row": s["row"], "seed": seed, **run}) + "\n"
              for s in summaries for seed, run in s["seeds"].items()]
-    jsonl.write_text("\n".join(lines) + "\n")
-    text = f"{markdown(table)}\n\n{text}\n\n{FOOTNOTE}\n"
+    jsonl.write_text("".join(lines))
+    text = (f"{markdown(table)}\n\n{text}\n\nmIoU in per cent, mean ± standard deviation over seeds; "
+            "[95 % interval of the mean paired difference]; share of reference patches in training "
+            "images before and after, of the teacher where there is one; drift of reference "
+            "patches in validation images, 1 − cos.\n")
     md.write_text(text)
     print(f"{text}\nwritten to {args.out}: {md.name}, {jsonl.name}, {png.name}")
 
@@ -172,7 +279,7 @@ def ablate(args):
             raise UserError(f"--rows {word}: no row has that in its name; they are "
                             f"{', '.join(PARTS)}")
         chosen |= matching
-    rate = f" {RATE}" if args.dataset == "toy" else ""
+    rate = RATE if args.dataset == "toy" else ""
     rows = {name: flags + rate for name, flags in PARTS.items() if name in chosen}
     against = dict.fromkeys({ZERO_SHOT, *rows} - {PLAIN}, PLAIN)
     summaries = compare(args, rows, against, start=PLAIN)
@@ -184,7 +291,7 @@ def spread(args):
     first, clip = args.first_seed, shlex.quote(str(tiny_clip.clip_checkpoint(args.first_seed)))
     origins = {"training seed": f" --dataset toy:{first}",
                "split and scenes": f" --seed {first} --pretrained {clip}", "all, CLIP too": ""}
-    rows = {f"{name}, {origin}": f"{PARTS[name]} {RATE}{flags}"
+    rows = {f"{name}, {origin}": PARTS[name] + RATE + flags
             for origin, flags in origins.items() for name in (PLAIN, RPMD)}
     against = {f"{RPMD}, {origin}": f"{PLAIN}, {origin}" for origin in origins}
     summaries = compare(args, rows, against)
@@ -223,7 +330,7 @@ def at_best_rates(points):
         rows = [summary for _, summary in curve]
         harmonic = values(rows, "harmonic")  # [rates,seeds]
         best = np.full(harmonic.shape[1], harmonic.mean(1).argmax())
-        others = [np.delete(harmonic, i, 1).mean(1).argmax() for i in range(len(best))]
+        others = (harmonic.sum(1, keepdims=True) - harmonic).argmax(0)
         for choice, rates in (("best rate", best), ("best rate on the other seeds", others)):
             runs = {seed: rows[rate]["seeds"][seed] for seed, rate in zip(rows[0]["seeds"], rates)}
             taken = ", ".join(RATES[rate] for rate in np.unique(rates))

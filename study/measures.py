@@ -1,7 +1,11 @@
-"""Quantities of one model that the paper argues with: reference patches, shift, dispersion.
+"""Quantities of one model that the paper argues with: reference patches, shift, dispersion; and the
+verbs that measure and draw them from checkpoints of train.py.
 
 `original` is the image encoder before training, frozen, and `momentum` a MomentumEncoder or None.
 Batches are of (images [B,3,H,W], pixel labels [B,H,W], paths)."""
+import copy
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -9,13 +13,18 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
+from data import open_dataset
+from ema import MomentumEncoder
 from losses import IGNORE, patch_labels, reference_mask
 from model import PROMPT
-from support import pictures
+from support import pictures as drawing
+from support import runs, tables, weights
+from support.errors import UserError
 
 SHIFTS = {"shift_reference": "shift of reference patches",
           "shift_noisy": "shift of noisy patches", "shift_text": "shift of texts"}
 PROMPTS = (PROMPT, "a photo of a {}", "there is a {} here", "a close view of the {}", "{}")
+METRICS = ("seen", "unseen", "mIoU_ground_truth")  # of `shift`, in per cent
 
 
 @torch.no_grad()
@@ -80,16 +89,16 @@ def example_sheet(model, original, original_text, momentum, dataset, sliding, co
     for i in Subset(dataset, count).indices:
         image, labels, _ = dataset.load(i)
         view, view_labels = one_view(model, image, labels)
-        row = [image, pictures.paint(labels, names)]
+        row = [image, drawing.paint(labels, names)]
         for encode, texts in encoders.values():
             right = nearest_class(encode(view)[0], texts, len(names)) == view_labels
-            row.append(pictures.highlight(image, right.reshape(model.grid).cpu().numpy()))
+            row.append(drawing.highlight(image, right.reshape(model.grid).cpu().numpy()))
         prediction = evaluate.label_map(model, image, text, sliding=sliding)
         prediction = prediction.clamp(max=len(names) - 1).cpu().numpy()
-        rows.append([*row, pictures.paint(prediction, names)])
+        rows.append([*row, drawing.paint(prediction, names)])
         label_maps += [labels, prediction]
     titles = ["picture", "ground truth", *encoders, "prediction"]
-    return pictures.grid(titles, rows, pictures.legend_entries(names, *label_maps))
+    return drawing.grid(titles, rows, drawing.legend_entries(names, *label_maps))
 
 
 def dispersion(sums, counts):
@@ -99,8 +108,7 @@ def dispersion(sums, counts):
     Variance: 1 - cos of a vector to its class's mean direction, averaged over a class, then over
     classes; with u the mean of a class's vectors, that is 1 - |u|. Separation: 1 - cos between two
     classes' mean directions, averaged over pairs."""
-    there = counts > 0
-    means = sums[there] / counts[there, None]  # [n,D]
+    means = sums[counts > 0] / counts[counts > 0, None]  # [n,D]
     n = len(means)
     variance = (1 - means.norm(dim=-1)).mean().item() if n else None
     if n < 2:
@@ -111,16 +119,16 @@ def dispersion(sums, counts):
 
 @torch.no_grad()
 def shift_statistics(model, original, original_text, dataset, desc="patches"):
-    """The paper's quantities of one model against the original CLIP, each image as one view: a dict
+    """The paper's quantities of a model against the original CLIP, each image as one view: a dict
     of numbers, None where there is nothing to average.
 
     Reference patches: those that the original CLIP, with its texts original_text [K,D], names
-    rightly, Eq. (1). Noisy patches ("globally contaminated"): those that it gives to the image's
-    dominant class, the one with the most patches, though they belong to another. shift_...: 1 - cos
-    to the original CLIP's features, averaged over these patches, and over class names.
-    contamination: of the patches that this model names wrongly, the share that it gives to the
-    dominant class. right_share: of the labelled patches, those that it names rightly. ..._variance
-    and ..._separation: see `dispersion`; a class name's texts are its PROMPTS."""
+    rightly, Eq. (1). Noisy ones ("globally contaminated"): those that it gives to the image's
+    dominant class, that of most patches, though they belong to another. shift_...: 1 - cos to the
+    original CLIP's features, averaged over these patches, and over class names. contamination: of
+    the patches that this model names wrongly, the share that it gives to the dominant class.
+    right_share: of the labelled patches, those that it names rightly. ..._variance and
+    ..._separation: see `dispersion`; a class name's texts are its PROMPTS."""
     names, K, count = dataset.names, len(dataset.names), len(dataset.evaluated)
     text = model.encode_text(model.tokenize(names))
     sums, counts, patch_sums = (torch.zeros(size, dtype=torch.float64, device=text.device)
@@ -131,13 +139,13 @@ def shift_statistics(model, original, original_text, dataset, desc="patches"):
         known = labels != IGNORE  # [1,L]
         labels = labels[known]  # [n]
         patches, first = model.encode_image(view)[0][known], original(view)[0][known]  # [n,D]
+        shift = (1 - F.cosine_similarity(patches, first, dim=-1)).clamp(min=0)
+        here = labels.bincount(minlength=K)
         guess = nearest_class(patches, text, count)
         first_guess = nearest_class(first, original_text, count)
-        here = labels.bincount(minlength=K)
         right, reference = guess == labels, first_guess == labels
         noisy = ~reference & (first_guess == here.argmax())
         contaminated = ~right & (guess == here.argmax())
-        shift = (1 - F.cosine_similarity(patches, first, dim=-1)).clamp(min=0)
         sums += torch.stack([
             shift[reference].sum(), reference.sum(), shift[noisy].sum(), noisy.sum(),
             contaminated.sum(), (~right).sum(), right.sum(), known.sum()]).view(4, 2)
@@ -146,25 +154,98 @@ def shift_statistics(model, original, original_text, dataset, desc="patches"):
     reference, noisy, contamination, right_share = (
         total / number if number else None for total, number in sums.tolist())
     shift_text = (1 - F.cosine_similarity(text, original_text, dim=-1)).clamp(min=0).mean().item()
+    patch_variance, patch_separation = dispersion(patch_sums, counts)
     texts = (model.encode_text(model.tokenize(names, prompt)) for prompt in PROMPTS)
     text_sums = sum(F.normalize(vectors, dim=-1).double() for vectors in texts)
-    result = {"shift_reference": reference, "shift_noisy": noisy, "shift_text": shift_text,
-              "contamination": contamination, "right_share": right_share}
-    result["patch_variance"], result["patch_separation"] = dispersion(patch_sums, counts)
-    counts = torch.full_like(counts, len(PROMPTS))
-    result["text_variance"], result["text_separation"] = dispersion(text_sums, counts)
-    return result
+    text_variance, text_separation = dispersion(text_sums, torch.full_like(counts, len(PROMPTS)))
+    return dict(shift_reference=reference, shift_noisy=noisy, shift_text=shift_text,
+                contamination=contamination, right_share=right_share,
+                patch_variance=patch_variance, patch_separation=patch_separation,
+                text_variance=text_variance, text_separation=text_separation)
 
 
-def pearson(x, y):
-    """Pearson's correlation of two lists or arrays, over the pairs without None or NaN. None for
-    fewer than three such pairs, or where one of the two does not vary."""
-    pairs = np.array([np.ravel(x), np.ravel(y)], float)  # None becomes NaN
-    pairs = pairs[:, np.isfinite(pairs).all(0)]
+def pearson(x, y, within_columns=False):
+    """Pearson's correlation of lists or arrays, over the pairs without None or NaN; within_columns:
+    after its mean over rows is taken from each. None for fewer than three such pairs, or where one
+    of the two does not vary."""
+    pairs = np.array([x, y], float)  # None becomes NaN
+    pairs[:, np.isnan(pairs).any(0)] = np.nan
+    if within_columns:
+        pairs -= np.ma.masked_invalid(pairs).mean(1, keepdims=True).filled(np.nan)
+    pairs = pairs[:, np.isfinite(pairs[0])]
     if pairs.shape[1] < 3 or (pairs.std(1) < 1e-12).any():
         return None
     return float(np.corrcoef(pairs)[0, 1])
 
 
-def in_words(correlation):
-    return "not defined" if correlation is None else f"{correlation:+.2f}"
+def in_words(correlations):
+    """{shift: Pearson's r or None} as text."""
+    numbers = ("not defined" if r is None else f"{r:+.2f}" for r in correlations.values())
+    return ", ".join(f"{SHIFTS[key]} {number}" for key, number in zip(correlations, numbers))
+
+
+def read(path):
+    """(checkpoint of train.py, its model, the same with the original CLIP's weights)."""
+    checkpoint = weights.read_checkpoint(path)
+    if "original" not in checkpoint:
+        raise UserError(f"{path} does not hold the original CLIP's weights: "
+                        "it is no checkpoint of this version's train.py")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = weights.from_checkpoint(checkpoint, path).to(device).eval()
+    model.set_trained(checkpoint["args"]["adapt"])
+    original = copy.deepcopy(model)
+    weights.load_state(original, {**checkpoint["model"], **checkpoint["original"]}, path)
+    return checkpoint, model, original
+
+
+@torch.no_grad()
+def pictures(args):
+    """Draw what the encoders see: the paper's Figure 1 made of one's own data."""
+    checkpoint, model, original = read(args.checkpoint)
+    dataset = open_dataset(args.dataset, args.data_root, args.split, args.classes)
+    text = original.encode_text(original.tokenize(dataset.names))
+    momentum = None
+    if checkpoint["momentum"]:
+        momentum = MomentumEncoder(model.image_encoder, 1.0)
+        momentum.load_state_dict(checkpoint["momentum"])
+    sheet = example_sheet(model, original.image_encoder, text, momentum, dataset,
+                          evaluate.is_sliding(args.views, args.dataset), args.images or 6)
+    sheet.save(Path(args.out, "pictures.png"))
+    print(f"written to {args.out}: pictures.png")
+
+
+@torch.no_grad()
+def shift(args):
+    """Measure what fine-tuning moved: the original CLIP and each checkpoint, correlated."""
+    dataset = open_dataset(args.dataset, args.data_root, args.split, args.classes)
+    dataset, sliding = Subset(dataset, args.images), evaluate.is_sliding(args.views, args.dataset)
+    rows = []
+    for path in args.checkpoints:
+        checkpoint, model, original = read(path)
+        text = original.encode_text(original.tokenize(dataset.names))
+        models = [(path, checkpoint["step"], model)]
+        if not rows:
+            models.insert(0, ("original CLIP", 0, original))
+        for name, step, one in models:
+            confusion = evaluate.evaluate(one, dataset, text.device, sliding, one is original)
+            scores = evaluate.summary(confusion, dataset.evaluated, checkpoint["names"])
+            rows.append({"checkpoint": name, "step": step,
+                         **{key: scores.get(key) for key in METRICS},
+                         **shift_statistics(one, original.image_encoder, text, dataset, name)})
+        metric = "mIoU_ground_truth" if rows[0]["unseen"] is None else "unseen"
+        trained = {key: [row[key] for row in rows[1:]] for key in rows[0]}
+        found = {key: pearson(trained[key], trained[metric]) for key in SHIFTS}
+        correlation = {"with": metric, "checkpoints": len(rows) - 1, **found}
+        result = {"dataset": args.dataset, "split": args.split, "images": len(dataset),
+                  "rows": rows, "correlation": correlation}
+        runs.write_json(result, Path(args.out, "shift.json"))  # after each: it may take hours
+    table = [["", *(row["checkpoint"] for row in rows)]]
+    for key in list(rows[0])[2:]:
+        digits = 1 if key in METRICS else 3
+        cells = ("-" if row[key] is None else f"{row[key]:.{digits}f}" for row in rows)
+        table.append([key, *cells])
+    panels = [(in_words({key: found[key]}), "1 - cos to the original CLIP", f"mIoU ({metric}), %",
+               [("", trained[key], trained[metric], "o")]) for key in SHIFTS]
+    drawing.save_plot(Path(args.out, "shift.png"), panels)
+    print(f"{tables.format_table(table)}\n\nPearson correlation with {metric} over {len(rows) - 1} "
+          f"checkpoint(s): {in_words(found)}\nwritten to {args.out}: shift.json, shift.png")

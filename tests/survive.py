@@ -161,7 +161,7 @@ def differences(a, b):
         found |= dict(leaves(results, "results.json")) | dict(
             leaves(runs.read_log(folder / "log.jsonl"), "log.jsonl")
         )
-        found["files"] = sorted(p.name for p in folder.iterdir() if p.name != ".lock")
+        found["files"] = sorted(p.name for p in folder.glob("*.*") if p.name != ".lock")
         return {
             k: v for k, v in found.items() if not k.endswith(("args/out", "/seconds", "/memory_gb"))
         }

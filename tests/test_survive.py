@@ -171,11 +171,82 @@ def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint(go, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["results.json", "curves.png", "examples.png"])
-def test_a_disk_full_at_the_end_names_the_file(go, tmp_path, name):
-    (tmp_path / "o").mkdir()
-    (tmp_path / "o" / name).symlink_to("/dev/full")
+def test_a_disk_full_at_the_end_names_the_file(go, tmp_path, monkeypatch, name):
+    finish = train.progress.finish
+
+    def on_a_full_disk(run):
+        (run.out / name).symlink_to("/dev/full")
+        finish(run)
+
+    monkeypatch.setattr(train.progress, "finish", on_a_full_disk)
     one_sentence(go("--eval-every", "0", "--steps", "1"), tmp_path / "o" / name)
     assert step_of(tmp_path / "o/last.pt") == 1
+
+
+def test_two_runs_in_one_folder(go, folder, tmp_path):
+    """The second is told who is there; the lock dies with its holder."""
+    out = tmp_path / "o"
+    flags = [*FAST, "--steps", "100000", "--eval-every", "0"]
+    words = tmp_path / "words"
+    first = survive.start([*survive.command(folder, out), *flags], words)
+    try:
+        while not (out / ".lock").exists() or "process" not in (out / ".lock").read_text():
+            assert first.poll() is None, words.read_text()
+            time.sleep(0.05)
+        one_sentence(go(), f"--out {out} is in use by process {first.pid} on ")
+    finally:
+        first.kill()
+        first.wait()
+    assert go("--restart", "--steps", "1")[0] == 0
+
+
+def test_what_the_beginning_found_is_not_looked_for_again(go, tmp_path, monkeypatch):
+    """SIGTERM in the pre-alignment: the zero-shot scores are kept, for the same flags only."""
+    align, score, scored = train.pre_align, train.progress.score, []
+
+    def cut(*args):
+        signal.raise_signal(signal.SIGTERM)
+
+    def count(run, zero_shot=False):
+        scored.append(zero_shot)
+        return score(run, zero_shot)
+
+    monkeypatch.setattr(train.progress, "score", count)
+    monkeypatch.setattr(train, "pre_align", cut)
+    assert go()[0] == 130 and scored == [True]
+    assert go("--seed", "1")[0] == 130 and scored == [True, True]
+    monkeypatch.setattr(train, "pre_align", align)
+    assert go("--seed", "1", "--eval-every", "0")[0] == 0 and scored == [True, True, False]
+    assert not (tmp_path / "o/start.json").exists()
+    assert go("--eval-every", "0", "--seed", "1", out="whole")[0] == 0
+    assert survive.differences(tmp_path / "whole", tmp_path / "o") == []
+
+
+def test_restart_moves_the_old_run_aside(go, tmp_path, monkeypatch):
+    assert go("--steps", "1")[0] == 0
+    before = {name: (tmp_path / "o" / name).read_bytes() for name in ("last.pt", "results.json")}
+    with monkeypatch.context() as m:
+        m.setattr(train.progress, "score", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            go("--restart")
+    assert {p.name for p in (tmp_path / "o").glob("*.*")} == {".lock"}
+    kept = {name: (tmp_path / "o/previous" / name).read_bytes() for name in before}
+    assert kept == before
+
+
+def test_errors_are_repeated_by_torchrun(tmp_path):
+    done = run(
+        "train.py",
+        "--dataset",
+        "folder:nowhere",
+        "--out",
+        tmp_path / "o",
+        processes=2,
+        fork=False,
+        check=False,
+    )
+    summary = done.stderr.partition("Root Cause")[2]
+    assert "error: nowhere/classes.txt can't be read as class names" in summary, done.stderr
 
 
 def test_out_that_is_no_folder(go, tmp_path):

@@ -131,6 +131,23 @@ def test_a_step_is_figure_1(tiny):
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_losses_are_weighed_by_the_images_that_count(tiny, monkeypatch):
+    """L_SEG by pixels, SPD by images with a reference patch, CPA by images whose Q is not empty."""
+    masks = iter(
+        [torch.tensor([True, True, True, False]), torch.tensor([True, False, False, True])]
+    )
+    counts = []
+    monkeypatch.setattr(train, "reference_mask", lambda *_: next(masks)[:, None].expand(4, 64))
+    monkeypatch.setattr(train, "weigh_by_process", lambda a, b: counts.extend(b) or a)
+    momentum = train.MomentumEncoder(tiny.image_encoder, 1.0)
+    pixel_labels = torch.zeros(4, 64, 64, dtype=torch.long)
+    pixel_labels[:, :8] = -1
+    args = train.parse(["--ignored", "skip"])
+    images, tokens = torch.randn(4, 3, 64, 64), tiny.tokenize(["red", "green"])
+    train.step_losses(tiny, momentum, images, pixel_labels, tokens, args)
+    assert [int(n) for n in counts] == [4 * 56 * 64, 3, 1]
+
+
 def test_a_run(go, tmp_path):
     checkpoint = go("a")
     lines = log(tmp_path / "a")
@@ -276,13 +293,16 @@ def test_the_command_as_it_stands(tmp_path):
     assert done.returncode == 1 and all(word in done.stderr for word in words), done.stderr
 
 
-def test_accumulation_equals_the_whole_batch(go):
+def test_accumulation_equals_the_whole_batch(go, tmp_path):
+    """AdamW and clipping forgive a gradient of another length: its norm is looked at as well."""
     a, b = (
         go("a", "--distill", "none", "--steps", "3"),
         go("b", "--distill", "none", "--steps", "3", "--accumulate", "2"),
     )
     for name, t in a["model"].items():
         torch.testing.assert_close(b["model"][name], t, rtol=0, atol=1e-5, msg=name)
+    norms = [[x["grad_norm"] for x in log(tmp_path / n) if "grad_norm" in x] for n in "ab"]
+    assert len(norms[0]) == 3 and norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("adapt", ["visual", "text", "none"])
@@ -323,7 +343,8 @@ def test_pooled_distillation_keeps_the_original_as_teacher(go):
 
 
 def test_nan_stops_before_the_step_and_names_its_origin(go, tmp_path, monkeypatch):
-    calls, loss = [], train.cpa_loss
+    calls, steps, loss, step = [], [], train.cpa_loss, torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append(0) or step(self))
 
     def poisoned(*args):
         calls.append(0)
@@ -335,7 +356,8 @@ def test_nan_stops_before_the_step_and_names_its_origin(go, tmp_path, monkeypatc
         match=r"step 4: cpa_loss became NaN or infinite; images .*\.jpg, .*\.jpg; "
         r"nothing was written after .*last.pt",
     ):
-        go("a")
+        go("a", "--tpa-steps", "0")
+    assert len(steps) == 3
     good = torch.load(tmp_path / "a" / "last.pt", weights_only=True)
     assert good["step"] == 2 and all(t.isfinite().all() for t in tensors(good).values())
 

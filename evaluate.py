@@ -232,7 +232,7 @@ def evaluate_dataset(name, dataset, model, checkpoint, args, rank, world, device
     if rank == 0:
         result = {"dataset": name, "split": args.split, "images": images, "source": dataset.source,
                   "checkpoint": args.checkpoint, "zero_shot": args.zero_shot,
-                  "views": 5 if sliding else 1,
+                  "views": 5 if sliding else 1, "pixels": confusion.sum().item(),
                   **summary(confusion, dataset.evaluated, checkpoint.get("names"))}
         print(format_result(result))
         if interruption:

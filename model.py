@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 PROMPT = "A photo of a {} in the scene"  # CAT-Seg's
+make_tokenizer = functools.cache(open_clip.tokenizer.SimpleTokenizer)
 MAX_CLASSES = 256  # the head looks at this many classes of an image; the others get -100
 TINY = dict(  # the toy world's CLIP: small enough to pre-train in a minute or two
     embed_dim=128,
@@ -161,16 +162,11 @@ class TextEncoder(nn.Module):
         return F.normalize(self.ln_final(x) @ self.text_projection, dim=-1)
 
 
-@functools.cache
-def make_tokenizer(context_length):
-    return open_clip.tokenizer.SimpleTokenizer(context_length=context_length)
-
-
 def tokenize(names, context_length=77, prompt=PROMPT):
     """K class names in a prompt -> tokens [K,n], n being the longest one's length. Of
     comma-separated synonyms the first counts."""
     prompts = [prompt.format(name.split(",")[0].strip()) for name in names]
-    tokens = make_tokenizer(context_length)(prompts)
+    tokens = make_tokenizer(context_length=context_length)(prompts)
     longest = tokens.argmax(-1).max() + 1
     return tokens[:, :longest]
 
@@ -183,8 +179,7 @@ def linear_split(linear, x, guidance):
 
 
 class SwinBlock(nn.Module):
-    """Window attention within each class's map (Swin without relative position bias); q and k also
-    see image guidance."""
+    """Window attention (Swin's) within each class's map; q and k also see image guidance."""
 
     def __init__(self, C, window, shift_size, heads=4):
         super().__init__()
@@ -273,8 +268,7 @@ class ClassAggregation(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, C))
 
     def forward(self, x, guidance):
-        """x [B,K,H,W,C], guidance [B,K,1,1,C] -> [B,K,H,W,C]. Pools 2x2 while training, as CAT-Seg
-        does, not in evaluation."""
+        """x [B,K,H,W,C], guidance [B,K,1,1,C] -> [B,K,H,W,C]. Pools 2x2 in training, as CAT-Seg."""
         B, K, H, W, C = x.shape
         y = x
         if self.training:
@@ -433,8 +427,7 @@ class Segmenter(nn.Module):
         return tokenize(names, context, prompt).to(self.logit_scale.device)
 
     def encode_image(self, images):
-        """images [B,3,S,S], normalised with CLIP's mean and std -> patches V [B,L,D], and the
-        middle features that `Head.decode` takes."""
+        """images [B,3,S,S], normalised -> patches V [B,L,D], middle features for `Head.decode`."""
         return self.image_encoder(images)
 
     def encode_text(self, tokens):

@@ -67,7 +67,6 @@ FIGURES = ("segmentation_loss", "spd_loss", "cpa_loss", "pooled_loss", "total_lo
 
 
 def parse(argv=None):
-    """Every flag, with its default filled in."""
     return parse_training(__doc__, RECIPE, data.NAMES, argv)
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sources.registry import BENCHMARKS, NAMES, open_dataset
 from support import pictures
 from support.errors import UserError
+from support.flags import non_negative_int
 
 
 def inspect(dataset, i):
@@ -70,8 +71,8 @@ def main():
     add("--data-root", help="their folder (else $RPMD_DATA, $DETECTRON2_DATASETS or ./datasets)")
     add("--split", choices=("train", "val"), help="default: both")
     add("--classes", help="other names: a file, or comma-separated")
-    add("--sample", type=int, default=0, help="read so many images, evenly spread (default: all)")
-    add("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    add("--sample", type=non_negative_int, default=0, help="so many images, evenly spread (all)")
+    add("--workers", type=non_negative_int, default=os.cpu_count(), help="processes (one per core)")
     add("--out", default="out/check", help="for the report and the picture (default: out/check)")
     args, usable = p.parse_args(), True
     for name in args.names:

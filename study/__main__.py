@@ -28,31 +28,27 @@ def parse(argv=None):
         verb = run.__name__
         command = verbs.add_parser(verb, help=run.__doc__, description=run.__doc__,
                                    allow_abbrev=False)
+        worlds = (3, 101) if verb == "sweep" else (5, 1)
         command.set_defaults(run=run, dataset="toy", unseen=None)
         add = command.add_argument
-        add("--out", default="out/study", help="folder for the results, and for runs, which the "
-            "verbs share: none is trained twice (default out/study)")
+        add("--out", default="out/study", help="folder for results (default out/study), and for "
+            "runs, which verbs share: those that two of them need are trained once")
+        if verb == "pictures":
+            add("--checkpoint", required=True, help="of train.py")
+        if verb == "shift":
+            add("--checkpoints", required=True, nargs="+", help="of train.py, whole or snapshots")
         if run in READ:
-            if verb == "pictures":
-                add("--checkpoint", required=True, help="of train.py")
-            else:
-                add("--checkpoints", required=True, nargs="+", help="of train.py, or snapshots")
             add("--dataset", help=", ".join(NAMES))
             add("--data-root", help="the folder that holds the datasets")
-            add("--split", default="val")
-            add("--classes", help="other names for the classes: a file, or comma-separated")
             add("--images", type=non_negative_int, default=0,
                 help="how many, evenly spread (default 6 to draw, all to measure)")
-            add("--views", choices=("sliding", "whole"), help="of the head (default whole for toy)")
             continue
-        seeds, first = (3, 101) if verb == "sweep" else (5, 1)
-        add("--seeds", type=positive_int, default=seeds, help=f"how many (default {seeds})")
-        add("--first-seed", type=non_negative_int, default=first, help=f"default {first}")
+        add("--seeds", type=positive_int, default=worlds[0], help=f"how many (default {worlds[0]})")
+        add("--first-seed", type=non_negative_int, default=worlds[1], help=f"default {worlds[1]}")
         add("--jobs", type=positive_int, help="runs side by side (default: cores, or one on a GPU)")
-        if verb in ("ablate", "curve"):
+        if verb == "ablate":
             add("--dataset", help="toy (default), or folder:PATH")
             add("--unseen", nargs="+", help="names to hold out, comma-separated: a list per split")
-        if verb == "ablate":
             add("--rows", nargs="+", help="only rows with these words in their name, and plain")
     args, args.further = p.parse_known_args(argv)
     if args.further and args.run in READ:

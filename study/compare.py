@@ -3,6 +3,7 @@
 A run is a dict of figures, a row of the table is {seed: run}, the same seeds in every row. A seed
 is a toy world: another split of the names, other scenes, another CLIP, initialisation and order. On
 pictures seed i holds out the i-th of the lists given to --unseen."""
+import contextlib
 import hashlib
 import json
 import os
@@ -57,26 +58,6 @@ ROOT = Path(__file__).parents[1]
 children = []  # processes that train, or have
 
 
-def check(rows, args):
-    """Refuse what can't be run before anything is."""
-    lists = args.unseen or []
-    fits = args.dataset.startswith("folder:") if lists else args.dataset == "toy"
-    if not fits:
-        raise UserError(f"--dataset {args.dataset}: {args.verb} takes toy, or folder:PATH together "
-                        'with --unseen "NAME, NAME", what to hold out of segmentation training')
-    if args.seeds < 2:
-        raise UserError(f"--seeds {args.seeds}: what chance does takes two or more to tell")
-    if lists and args.seeds % len(lists):
-        raise UserError(f"--seeds {args.seeds} is no multiple of the {len(lists)} lists of "
-                        "--unseen")
-    for unseen in lists:
-        open_dataset(args.dataset, None, "train", unseen=unseen)
-    varied = WORLD.union(" ".join(rows.values()).split())
-    for word in args.further:
-        if word.startswith("--") and word.partition("=")[0] in varied:
-            raise UserError(f"{word} can't be given for all runs: it is what {args.verb} varies")
-
-
 def variant(flags, seed, args):
     """(flags of train.py, of which the last holds of two equal ones; folder of the run)."""
     world, kind = ["--dataset", f"toy:{seed}"], [*args.further, flags]
@@ -92,51 +73,48 @@ def variant(flags, seed, args):
 
 
 def code():
-    """A fingerprint of every file that train.py may read, but what draws and prints."""
-    files = [*ROOT.glob("*.py"), *ROOT.glob("sources/*.py"), *ROOT.glob("support/*.py"),
-             *(ROOT / "study" / name for name in ("measures.py", "progress.py", "rivals.py"))]
-    decisive = sorted(set(files) - {ROOT / "support/pictures.py", ROOT / "support/tables.py"})
-    return hashlib.sha256(b"".join(path.read_bytes() for path in decisive)).hexdigest()[:12]
-
-
-def finished(flags, out):
-    """The results.json of a run that has ended and had these flags, or None."""
-    try:
-        results = json.loads((out / "results.json").read_text())
-        return results if results["made_by"]["flags"] == flags else None
-    except (OSError, ValueError, KeyError):
-        return None
+    """A fingerprint of all code but tests."""
+    files = [path for folder in (".", "sources", "study", "support")
+             for path in sorted(Path(ROOT, folder).glob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def train(flags, out):
-    """A run in a process of its own. Returns its results.json, or a sentence on why it failed."""
-    begin, version, log = time.time(), code(), out / "output.txt"
-    out.mkdir(parents=True, exist_ok=True)
+    """The results.json of a run: read if it has ended and had these flags, else trained, in a
+    process of its own. Or a sentence on why that failed."""
+    path, log = out / "results.json", out / "output.txt"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        results = json.loads(path.read_text())
+        if results["made_by"]["flags"] == flags:
+            return results
+    begin, version = time.time(), code()
     command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", str(out), "--restart"]
+    out.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         child = subprocess.Popen(command, stdout=output, stderr=output)
     children.append(child)
     if child.wait():
         last = (log.read_text(errors="replace").strip() or "no output").splitlines()[-1]
         return f"exit status {child.returncode}, {log} ends with: {last[:300]}"
-    (out / "last.pt").unlink(missing_ok=True)  # 40 MB that nothing needs
-    results = json.loads((out / "results.json").read_text())
+    for checkpoint in out.rglob("last.pt"):
+        checkpoint.unlink()  # 40 MB that nothing needs
     minutes = (time.time() - begin) / 60
-    results["made_by"] = {"flags": flags, "code": version, "minutes": minutes}
-    write_json(results, out / "results.json")
+    made_by = {"flags": flags, "code": version, "minutes": minutes}
+    results = {**json.loads(path.read_text()), "made_by": made_by}
+    write_json(results, path)
     return results
 
 
 def train_all(jobs, args):
-    """Results of jobs (flags, folder of a run), several side by side, on a CPU with one thread each.
-    Runs that have ended are read. Raises UserError in the end when some failed."""
+    """`train` for (flags, folder) of many runs, some side by side, on a CPU with one thread each.
+    Raises UserError in the end when some failed."""
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         os.environ["OMP_NUM_THREADS"] = "1"
     Interruption(at_once=True)
     with ThreadPoolExecutor(args.jobs or (os.cpu_count() if on_cpu else 1)) as pool:
         try:
-            results = pool.map(lambda job: finished(*job) or train(*job), jobs)
+            results = pool.map(train, *zip(*jobs))
             results = list(tqdm(results, args.verb, len(jobs), unit="run"))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -180,7 +158,7 @@ def summarise(name, runs, base=None):
         if run["harmonic"] is None:
             raise UserError(f"{name}, seed {seed}: none of the seen, or none of the unseen names "
                             "has ground truth to be scored on")
-    for key in (*METRICS, "share_before", "share_after", "drift"):
+    for key in (*METRICS, "share_before", "share_after", "drift", *SHIFTS):
         summary[key] = interval([run[key] for run in runs.values()])
     if base:
         summary["against_plain"] = {
@@ -192,8 +170,22 @@ def summarise(name, runs, base=None):
 def compare(args, rows, against, start=None):
     """Train every row {name: flags} with every seed. Returns their summaries; where `start` is a
     row from whose runs the untrained CLIP is told, that comes first. against: {row: the one it is
-    paired with}."""
-    check(rows, args)
+    paired with}. What can't be run is refused before anything is."""
+    fits = args.dataset.startswith("folder:") if args.unseen else args.dataset == "toy"
+    if not fits:
+        raise UserError(f"--dataset {args.dataset}: {args.verb} takes toy, or folder:PATH and "
+                        '--unseen "NAME, NAME", what to hold out of training, together')
+    if args.seeds < 2:
+        raise UserError(f"--seeds {args.seeds}: what chance does takes two or more to tell")
+    for unseen in args.unseen or ():
+        open_dataset(args.dataset, None, "train", unseen=unseen)
+        if args.seeds % len(args.unseen):
+            raise UserError(f"--seeds {args.seeds} is no multiple of the {len(args.unseen)} lists "
+                            "of --unseen")
+    varied = WORLD.union(" ".join(rows.values()).split())
+    for word in args.further:
+        if word.startswith("--") and word.partition("=")[0] in varied:
+            raise UserError(f"{word} can't be given for all runs: it is what {args.verb} varies")
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     # all seeds of the first row come first: they pre-train the CLIPs that the others find
     jobs = {(row, seed): variant(rows[row], seed, args) for row in rows for seed in seeds}
@@ -205,24 +197,20 @@ def compare(args, rows, against, start=None):
     return [summarise(row, runs, found.get(against.get(row))) for row, runs in found.items()]
 
 
-def values(summaries, key):
-    """A figure of every run: [rows,seeds], NaN where it isn't defined."""
-    return np.array([[run[key] for run in s["seeds"].values()] for s in summaries], float)
-
-
 def correlations(summaries):
     """Of each shift with unseen mIoU over all runs, {shift: Pearson's r or None}; and within seeds:
     after a seed's mean over rows is taken from both, since some worlds are easier than others."""
-    unseen = values(summaries, "unseen")
-    return [{key: pearson(values(summaries, key), unseen, within_seeds) for key in SHIFTS}
+    found = {key: [s[key]["each"] for s in summaries] for key in ("unseen", *SHIFTS)}
+    return [{key: pearson(found[key], found["unseen"], within_seeds) for key in SHIFTS}
             for within_seeds in (False, True)]
 
 
 def describe_correlations(summaries):
     """`correlations` as a sentence."""
+    count = sum(len(s["seeds"]) for s in summaries)
     found, within_seeds = map(in_words, correlations(summaries))
-    return (f"Pearson correlation with unseen mIoU over {values(summaries, 'unseen').size} runs: "
-            f"{found}; within seeds: {within_seeds}.")
+    return (f"Pearson correlation with unseen mIoU over {count} runs: {found}; "
+            f"within seeds: {within_seeds}.")
 
 
 def markdown(summaries):
@@ -256,10 +244,10 @@ def write(args, summaries, text, points=None):
     lines = [json.dumps({"row": s["row"], "seed": seed, **run}) + "\n"
              for s in summaries for seed, run in s["seeds"].items()]
     jsonl.write_text("".join(lines))
-    text = (f"{markdown(table)}\n\n{text}\n\nmIoU in per cent, mean ± standard deviation over seeds; "
-            "[95 % interval of the mean paired difference]; share of reference patches in training "
-            "images before and after, of the teacher where there is one; drift of reference "
-            "patches in validation images, 1 − cos.\n")
+    text = (f"{markdown(table)}\n\n{text}\n\nmIoU in per cent, mean ± standard deviation over "
+            "seeds; [95 % interval of the mean paired difference]; share of reference patches in "
+            "training images before and after, of the teacher where there is one; drift of "
+            "reference patches in validation images, 1 − cos.\n")
     md.write_text(text)
     print(f"{text}\nwritten to {args.out}: {md.name}, {jsonl.name}, {png.name}")
 
@@ -328,7 +316,7 @@ def at_best_rates(points):
     summaries, plain = [], {}
     for name, curve in points.items():
         rows = [summary for _, summary in curve]
-        harmonic = values(rows, "harmonic")  # [rates,seeds]
+        harmonic = np.array([row["harmonic"]["each"] for row in rows])  # [rates,seeds]
         best = np.full(harmonic.shape[1], harmonic.mean(1).argmax())
         others = (harmonic.sum(1, keepdims=True) - harmonic).argmax(0)
         for choice, rates in (("best rate", best), ("best rate on the other seeds", others)):

@@ -1,21 +1,17 @@
-"""Quantities of one model that the paper argues with: reference patches, shift, dispersion; and the
-verbs that measure and draw them from checkpoints of train.py.
-
-`original` is the image encoder before training, frozen, and `momentum` a MomentumEncoder or None.
-Batches are of (images [B,3,H,W], pixel labels [B,H,W], paths)."""
+"""What fine-tuning does to CLIP's features, in numbers and pictures, and the verbs that tell it of
+checkpoints of train.py. `original` is the image encoder before training, frozen."""
 import copy
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
 from data import open_dataset
 from ema import MomentumEncoder
-from losses import IGNORE, patch_labels, reference_mask
+from losses import IGNORE, patch_labels
 from model import PROMPT
 from support import pictures as drawing
 from support import runs, tables, weights
@@ -25,25 +21,6 @@ SHIFTS = {"shift_reference": "shift of reference patches",
           "shift_noisy": "shift of noisy patches", "shift_text": "shift of texts"}
 PROMPTS = (PROMPT, "a photo of a {}", "there is a {} here", "a close view of the {}", "{}")
 METRICS = ("seen", "unseen", "mIoU_ground_truth")  # of `shift`, in per cent
-
-
-@torch.no_grad()
-def reference_patches(model, encode, text, batches):
-    """Reference patches, Eq. (1), of an image encoder with texts [K,D], over all processes: (their
-    share of the labelled patches, 1 - cos of the model's features to the encoder's on them)."""
-    sums = torch.zeros(3, dtype=torch.float64, device=text.device)
-    for images, pixel_labels, _ in batches:
-        images = images.to(text.device)
-        labels = patch_labels(pixel_labels.to(text.device), model.grid)
-        patches, _ = model.encode_image(images)
-        teacher_patches, _ = encode(images)
-        mask = reference_mask(teacher_patches, text, labels)
-        drift = 1 - F.cosine_similarity(patches, teacher_patches, dim=-1)[mask]
-        sums += torch.stack([mask.sum(), (labels != IGNORE).sum(), drift.double().sum()])
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    reference, labelled, drift = sums.tolist()
-    return reference / max(1, labelled), drift / max(1, reference)
 
 
 class Subset(torch.utils.data.Subset):
@@ -59,13 +36,16 @@ class Subset(torch.utils.data.Subset):
         return self.dataset.load(self.indices[i])
 
 
-def one_view(model, image, labels):
-    """A picture squeezed to the model's size: (images [1,3,S,S], patch labels [1,L])."""
+def views(model, dataset, desc="patches"):
+    """Of each image: the picture, its labels [H,W], and both squeezed to the model's size, as
+    [1,3,S,S] and patch labels [1,L]."""
     device, size = model.logit_scale.device, model.image_size
-    view, _ = evaluate.views(image, size, sliding=False)
-    pixel_labels = torch.from_numpy(labels).float()[None, None]  # [1,1,H,W]
-    pixel_labels = F.interpolate(pixel_labels, (size, size), mode="nearest")[0].long()
-    return view.to(device), patch_labels(pixel_labels, model.grid).to(device)
+    for i in tqdm(range(len(dataset)), desc, leave=False):
+        image, labels, _ = dataset.load(i)
+        view, _ = evaluate.views(image, size, sliding=False)
+        pixel_labels = torch.from_numpy(labels).float()[None, None]  # [1,1,H,W]
+        pixel_labels = F.interpolate(pixel_labels, (size, size), mode="nearest")[0].long()
+        yield image, labels, view.to(device), patch_labels(pixel_labels, model.grid).to(device)
 
 
 def nearest_class(patches, text, count):
@@ -76,19 +56,16 @@ def nearest_class(patches, text, count):
 
 @torch.no_grad()
 def example_sheet(model, original, original_text, momentum, dataset, sliding, count=6):
-    """The paper's Figure 1 made of one's own data, a row per image. Returns a PIL image.
-
-    Columns: picture, ground truth, reference patches of the original CLIP and of the momentum
-    encoder (if any), patches that the model's own features name rightly, its head's labels."""
+    """The paper's Figure 1 made of one's own data, a row per image, as a PIL image. Columns:
+    picture, ground truth, reference patches of the original CLIP and of the momentum encoder (or
+    None), patches that the model's own features name rightly, its head's labels."""
     text, names = model.encode_text(model.tokenize(dataset.names)), dataset.evaluated
     encoders = {"reference patches\nof the original CLIP": (original, original_text)}
     if momentum:
         encoders["reference patches of\nthe momentum encoder"] = (momentum, text)
     encoders["patches that are right\nin the target CLIP"] = (model.encode_image, text)
     rows, label_maps = [], []
-    for i in Subset(dataset, count).indices:
-        image, labels, _ = dataset.load(i)
-        view, view_labels = one_view(model, image, labels)
+    for image, labels, view, view_labels in views(model, Subset(dataset, count)):
         row = [image, drawing.paint(labels, names)]
         for encode, texts in encoders.values():
             right = nearest_class(encode(view)[0], texts, len(names)) == view_labels
@@ -129,20 +106,18 @@ def shift_statistics(model, original, original_text, dataset, desc="patches"):
     the patches that this model names wrongly, the share that it gives to the dominant class.
     right_share: of the labelled patches, those that it names rightly. ..._variance and
     ..._separation: see `dispersion`; a class name's texts are its PROMPTS."""
-    names, K, count = dataset.names, len(dataset.names), len(dataset.evaluated)
+    names, K, evaluated = dataset.names, len(dataset.names), len(dataset.evaluated)
     text = model.encode_text(model.tokenize(names))
     sums, counts, patch_sums = (torch.zeros(size, dtype=torch.float64, device=text.device)
                                 for size in ((4, 2), K, text.shape))
-    for i in tqdm(range(len(dataset)), desc, leave=False):
-        image, labels, _ = dataset.load(i)
-        view, labels = one_view(model, image, labels)
+    for _, _, view, labels in views(model, dataset, desc):
         known = labels != IGNORE  # [1,L]
         labels = labels[known]  # [n]
         patches, first = model.encode_image(view)[0][known], original(view)[0][known]  # [n,D]
         shift = (1 - F.cosine_similarity(patches, first, dim=-1)).clamp(min=0)
         here = labels.bincount(minlength=K)
-        guess = nearest_class(patches, text, count)
-        first_guess = nearest_class(first, original_text, count)
+        guess = nearest_class(patches, text, evaluated)
+        first_guess = nearest_class(first, original_text, evaluated)
         right, reference = guess == labels, first_guess == labels
         noisy = ~reference & (first_guess == here.argmax())
         contaminated = ~right & (guess == here.argmax())
@@ -190,8 +165,8 @@ def read(path):
     if "original" not in checkpoint:
         raise UserError(f"{path} does not hold the original CLIP's weights: "
                         "it is no checkpoint of this version's train.py")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = weights.from_checkpoint(checkpoint, path).to(device).eval()
+    model = weights.from_checkpoint(checkpoint, path)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     model.set_trained(checkpoint["args"]["adapt"])
     original = copy.deepcopy(model)
     weights.load_state(original, {**checkpoint["model"], **checkpoint["original"]}, path)
@@ -202,14 +177,14 @@ def read(path):
 def pictures(args):
     """Draw what the encoders see: the paper's Figure 1 made of one's own data."""
     checkpoint, model, original = read(args.checkpoint)
-    dataset = open_dataset(args.dataset, args.data_root, args.split, args.classes)
-    text = original.encode_text(original.tokenize(dataset.names))
+    dataset = open_dataset(args.dataset, args.data_root)
     momentum = None
     if checkpoint["momentum"]:
         momentum = MomentumEncoder(model.image_encoder, 1.0)
         momentum.load_state_dict(checkpoint["momentum"])
+    text = original.encode_text(original.tokenize(dataset.names))
     sheet = example_sheet(model, original.image_encoder, text, momentum, dataset,
-                          evaluate.is_sliding(args.views, args.dataset), args.images or 6)
+                          evaluate.is_sliding(None, args.dataset), args.images or 6)
     sheet.save(Path(args.out, "pictures.png"))
     print(f"written to {args.out}: pictures.png")
 
@@ -217,8 +192,7 @@ def pictures(args):
 @torch.no_grad()
 def shift(args):
     """Measure what fine-tuning moved: the original CLIP and each checkpoint, correlated."""
-    dataset = open_dataset(args.dataset, args.data_root, args.split, args.classes)
-    dataset, sliding = Subset(dataset, args.images), evaluate.is_sliding(args.views, args.dataset)
+    dataset = Subset(open_dataset(args.dataset, args.data_root), args.images)
     rows = []
     for path in args.checkpoints:
         checkpoint, model, original = read(path)
@@ -227,7 +201,8 @@ def shift(args):
         if not rows:
             models.insert(0, ("original CLIP", 0, original))
         for name, step, one in models:
-            confusion = evaluate.evaluate(one, dataset, text.device, sliding, one is original)
+            confusion = evaluate.evaluate(one, dataset, text.device, zero_shot=one is original,
+                                          sliding=evaluate.is_sliding(None, args.dataset))
             scores = evaluate.summary(confusion, dataset.evaluated, checkpoint["names"])
             rows.append({"checkpoint": name, "step": step,
                          **{key: scores.get(key) for key in METRICS},
@@ -235,15 +210,14 @@ def shift(args):
         metric = "mIoU_ground_truth" if rows[0]["unseen"] is None else "unseen"
         trained = {key: [row[key] for row in rows[1:]] for key in rows[0]}
         found = {key: pearson(trained[key], trained[metric]) for key in SHIFTS}
-        correlation = {"with": metric, "checkpoints": len(rows) - 1, **found}
-        result = {"dataset": args.dataset, "split": args.split, "images": len(dataset),
-                  "rows": rows, "correlation": correlation}
+        result = {"dataset": args.dataset, "images": len(dataset), "rows": rows,
+                  "correlation": {"with": metric, "checkpoints": len(rows) - 1, **found}}
         runs.write_json(result, Path(args.out, "shift.json"))  # after each: it may take hours
     table = [["", *(row["checkpoint"] for row in rows)]]
     for key in list(rows[0])[2:]:
         digits = 1 if key in METRICS else 3
-        cells = ("-" if row[key] is None else f"{row[key]:.{digits}f}" for row in rows)
-        table.append([key, *cells])
+        numbers = ("-" if row[key] is None else f"{row[key]:.{digits}f}" for row in rows)
+        table.append([key, *numbers])
     panels = [(in_words({key: found[key]}), "1 - cos to the original CLIP", f"mIoU ({metric}), %",
                [("", trained[key], trained[metric], "o")]) for key in SHIFTS]
     drawing.save_plot(Path(args.out, "shift.png"), panels)

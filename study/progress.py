@@ -1,19 +1,21 @@
 """What is measured of a training as it goes, and what it shows at its end."""
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from data import TrainingCrops
 from evaluate import evaluate, is_sliding, summary
+from losses import IGNORE, patch_labels, reference_mask
 from study import measures
 from support import pictures, runs
-from support.errors import writing
+from support.errors import UserError, writing
 from support.tables import format_table
 
 
 def score(run, zero_shot=False):
     """mIoU on the validation images: (numbers in per cent, IoU of each class)."""
-    sliding = is_sliding(None, run.args.dataset)
-    confusion = evaluate(run.model, run.val_set, run.device, sliding, zero_shot, run.rank, run.world)
+    confusion = evaluate(run.model, run.val_set, run.device, is_sliding(None, run.args.dataset),
+                         zero_shot, run.rank, run.world)
     result = summary(confusion, run.val_set.evaluated, run.train_set.names)
     classes = result.pop("classes")
     return result, classes
@@ -21,17 +23,32 @@ def score(run, zero_shot=False):
 
 @torch.no_grad()
 def measure(run, momentum):
-    """Share of reference patches in training (of the momentum encoder, or for None of the model),
-    and drift of the original's in validation, on about 32 crops each."""
+    """On about 32 crops each: the share of reference patches, Eq. (1), among the labelled ones in
+    training, of the momentum encoder (for None, of the model); and 1 - cos of the model's features
+    to the original CLIP's on the latter's reference patches in validation."""
     args, model = run.args, run.model
     steps, size = max(1, 32 // args.batch_size), args.batch_size // run.world
     val_crops = TrainingCrops(run.val_set, args.image_size, args.seed, jitter=0.0)
-    share, _ = measures.reference_patches(
-        model, momentum or model.encode_image, model.encode_text(run.tokens),
-        run.batches(run.crops, 0, steps, size))
-    _, drift = measures.reference_patches(
-        model, run.original, run.original_text, run.batches(val_crops, 0, steps, size))
-    return {"reference_share": share, "reference_drift": max(drift, 0.0)}
+    teachers = ((momentum or model.encode_image, model.encode_text(run.tokens), run.crops),
+                (run.original, run.original_text, val_crops))
+    sums = torch.zeros(2, 3, dtype=torch.float64, device=run.device)
+    for i, (encode, text, crops) in enumerate(teachers):
+        for images, pixel_labels, _ in run.batches(crops, 0, steps, size):
+            images, pixel_labels = images.to(run.device), pixel_labels.to(run.device)
+            labels = patch_labels(pixel_labels, model.grid)
+            patches, _ = model.encode_image(images)
+            teacher_patches, _ = encode(images)
+            mask = reference_mask(teacher_patches, text, labels)
+            drift = 1 - F.cosine_similarity(patches, teacher_patches, dim=-1)[mask]
+            sums[i] += torch.stack([mask.sum(), (labels != IGNORE).sum(), drift.double().sum()])
+    if run.world > 1:
+        dist.all_reduce(sums)
+    (reference, labelled, _), (of_original, _, drift) = sums.tolist()
+    if not labelled:
+        raise UserError(f"--dataset {args.dataset}: there is nothing to learn from, no label in "
+                        f"{steps * args.batch_size} training crops of {run.train_set.source}")
+    return {"reference_share": reference / labelled,
+            "reference_drift": max(0.0, drift / max(1, of_original))}
 
 
 def log_step(run, names, figures, grad_norm, seconds):
@@ -79,8 +96,8 @@ def finish(run):
     run.say(report(results))
     with writing(run.out / "curves.png") as path:
         pictures.curves(run.log.path, path)
-    sheet = measures.example_sheet(*models, run.momentum, run.val_set,
-                                   is_sliding(None, run.args.dataset))
+    sliding = is_sliding(None, run.args.dataset)
+    sheet = measures.example_sheet(*models, run.momentum, run.val_set, sliding)
     with writing(run.out / "examples.png") as path:
         sheet.save(path)
     run.say(f"\nwritten to {run.out}: examples.png, curves.png, results.json, log.jsonl, last.pt")

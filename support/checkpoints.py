@@ -7,7 +7,7 @@ import shutil
 import torch
 
 from support import runs, weights
-from support.errors import UserError, first_line, writing
+from support.errors import UserError, reading, writing
 
 FIXED = ("dataset", "classes", "unseen", "clip", "pretrained", "init_cat_seg", "image_size",
          "channels", "adapt", "distill", "batch_size", "seed")  # what cannot change on resume
@@ -79,7 +79,7 @@ def resume(run, state):
     on. Raises UserError."""
     args = run.args
     rates = [(group["base_lr"], group["weight_decay"]) for group in run.optimiser.param_groups]
-    with going_on_from(run.last):
+    with reading(run.last, "a checkpoint to go on from"):
         compare_flags(args, state, run.train_set.names, run.last, run.say)
         if state["step"] > args.steps:
             raise UserError(f"{run.last} has {state['step']} steps, more than --steps "
@@ -130,21 +130,6 @@ def write_checkpoint(contents, path):
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def going_on_from(path):
-    """What goes wrong while a checkpoint's content is taken over becomes a UserError that names the
-    file, which may be a stranger's, or damaged."""
-    try:
-        yield
-    except Exception as e:
-        sentence = first_line(e)
-        if not isinstance(e, ValueError):
-            sentence = f"{type(e).__name__}: {sentence}"
-        if str(path) not in sentence:
-            sentence = f"training can't go on from {path} ({sentence})"
-        raise UserError(sentence) from e
 
 
 def compare_flags(args, state, names, path, say):

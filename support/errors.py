@@ -1,8 +1,5 @@
-"""What is wrong with a user's input, in one sentence that names the path or the flag.
-
-A UserError is shown without a traceback (`runs.one_sentence_for_errors`); every other exception is
-a mistake of this project's, and keeps its own.
-"""
+"""A user's mistake as a sentence that names the path or the flag. It is shown without a traceback
+(`runs.one_sentence_for_errors`); every other exception is the project's mistake, and keeps its."""
 import contextlib
 
 
@@ -27,10 +24,11 @@ def reading(path, kind, why=None):
         if isinstance(e, UserError) and str(path) in str(e):
             raise
         said = " ".join(str(e).split()) or type(e).__name__
-        if isinstance(e, KeyError):
-            said = f"there is no {e} in it"
-        if why and "state_dict" not in said and not isinstance(e, PermissionError):
+        unfit = said.startswith("Error(s) in loading state_dict")
+        if why and not unfit and not isinstance(e, PermissionError):
             said = why
+        elif isinstance(e, KeyError):
+            said = f"there is no {e} in it"
         raise UserError(f"{path} can't be read as {kind} ({said[:200]})") from e
 
 

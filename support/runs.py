@@ -1,6 +1,7 @@
 """Keeping a run alive: its processes, its folder, checkpoints and log, and how it ends when
 something goes wrong."""
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -14,12 +15,25 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from support.errors import UserError, writing
 from support.signals import Interruption  # noqa: F401, offered here
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 control = None  # process group for small messages between CPUs, whatever the devices
 roll_call = None  # another one, which says who is missing when a collective has failed
+
+
+def keep_memory():
+    """Have glibc keep what large tensors free, instead of giving it back to the kernel and faulting
+    it in again at every step. Nothing where there is no glibc, or LD_PRELOAD brings an allocator.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        if not os.environ.get("LD_PRELOAD"):
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2 ** 26)):
+                mallopt(option, value)
 
 
 def start_processes(minutes):
@@ -28,6 +42,7 @@ def start_processes(minutes):
     minutes: how long a process waits for the others before it gives up.
     """
     global control, roll_call
+    keep_memory()
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cpu")
@@ -106,8 +121,10 @@ def one_sentence_for_errors():
 
 
 def leave(sentence):
-    """End with exit status 1. With others around, at once: their collectives would keep this
-    process's threads waiting. torchrun's summary repeats what is in its error file."""
+    """End with exit status 1 and this as the last line. With others around, at once: their
+    collectives would keep this process's threads waiting. torchrun repeats its error file."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
         about = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
@@ -126,7 +143,8 @@ def who_is_missing():
         hanging = re.search(r"Ranks? ([\d, ]+) failed", str(e))
         if hanging:
             return f"rank {hanging[1]}, which hangs"
-    return "another, which has ended: see its error, or torchrun's summary"
+    return ("another, which has ended: see its error, or torchrun's summary; where memory ran out, "
+            "--accumulate 2 and --recompute-head need less")
 
 
 def due(n, step):

@@ -22,11 +22,10 @@ def format_table(rows):
 
 def format_result(result):
     """IoU by class, best first, then the summary: what evaluate.summary gives, as text."""
-    ious = result["classes"]
-    scored = [name for name in ious if ious[name] is not None]
+    ious = {name: -1.0 if iou is None else iou for name, iou in result["classes"].items()}
     classes = [["class", "IoU"]]
-    classes += [[name, ious[name]] for name in sorted(scored, key=ious.get, reverse=True)]
-    classes += [[name, "no pixels"] for name in ious if ious[name] is None]
+    for name in sorted(ious, key=ious.get, reverse=True):
+        classes.append([name, ious[name] if ious[name] >= 0 else "no pixels"])
     means = [["per cent", "name"]]
     means += [[TITLES[key], result[key]] for key in TITLES if result.get(key) is not None]
     return f"{format_table(classes)}\n\n{format_table(means)}"

@@ -227,7 +227,7 @@ def loss(logits, pixel_labels):
 
 
 def to_cat_seg(state):
-    """Our state dict under CAT-Seg's names, written independently of support/cat_seg.py's table."""
+    """Our state dict under CAT-Seg's names, written independently of support/weights.py's table."""
     return {theirs(name): t[None, None] if "padding_" in name else t for name, t in state.items()}
 
 

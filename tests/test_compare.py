@@ -3,9 +3,11 @@ verbs from the command line."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +18,7 @@ from conftest import ROOT, run
 from losses import IGNORE
 from sources import tiny_clip
 from sources.registry import open_dataset
-from study import compare, many
+from study import compare
 from study.measures import SHIFTS
 from support.errors import UserError
 
@@ -35,6 +37,7 @@ def results(seed, gain=0.0):
         "before_tpa": {"reference_share": 0.5, "reference_drift": 1e-9},
         "end": {"reference_share": 0.75, "reference_drift": 0.25},
         "shift": shift,
+        "made_by": {"flags": [], "code": "", "minutes": 1.0},
     }
 
 
@@ -66,11 +69,11 @@ def test_rows_are_paired_by_seed():
     assert row["drift"]["mean"] == 0.25
     table = compare.markdown([row, summary("plain", {1: 0.0, 2: 0.0})])
     assert "| +1.0 [-4.0, +6.0] |" in table and "2 of 3" in table and "0.50 → 0.75" in table
-    start = {seed: compare.zero_shot(results(seed, gain=9.0)) for seed in base}
+    start = {seed: compare.figures(results(seed, gain=9.0), untrained=True) for seed in base}
     start = compare.summarise("zero-shot", start, base)
     assert start["against_plain"]["unseen"]["mean"] == 0
     assert start["share_after"]["mean"] == 0.5 and start["drift"]["mean"] == 0
-    base[1]["unseen"] = None
+    base[1]["unseen"] = base[1]["harmonic"] = None
     with pytest.raises(UserError, match="a, seed 1: none of the seen, or none of the unseen names"):
         compare.summarise("a", base)
 
@@ -78,10 +81,12 @@ def test_rows_are_paired_by_seed():
 def test_correlations():
     """As they are, and after every seed's mean over rows is taken away: easy worlds with large
     shifts say nothing then."""
-    rows = [summary("a", {1: 1.0, 2: 4.0, 3: 2.0}), summary("b", {1: 0.0, 2: 1.0, 3: 5.0})]
-    for row in rows:
-        for seed, figures in row["seeds"].items():
+    of_rows = [{1: 1.0, 2: 4.0, 3: 2.0}, {1: 0.0, 2: 1.0, 3: 5.0}]
+    of_rows = [{s: compare.figures(results(s, gain)) for s, gain in g.items()} for g in of_rows]
+    for runs in of_rows:
+        for seed, figures in runs.items():
             figures["shift_text"] = 10.0 * seed - figures["seen"]  # in a seed, falls as it rises
+    rows = [compare.summarise("", runs) for runs in of_rows]
     found, within_seeds = compare.correlations(rows)
     expected = np.corrcoef([1, 2, 3] * 2, [33, 42, 43, 31, 36, 49])[0, 1]
     assert found["shift_reference"] == pytest.approx(expected)
@@ -91,7 +96,8 @@ def test_correlations():
     text = compare.describe_correlations(rows)
     assert f"6 runs: shift of reference patches {expected:+.2f}, shift of noisy patches not" in text
     assert text.endswith("shift of texts -1.00.")
-    rows[1]["seeds"][2]["shift_text"] = None  # a seed with one row left: no pair
+    of_rows[1][2]["shift_text"] = None  # a seed with one row left: no pair
+    rows = [compare.summarise("", runs) for runs in of_rows]
     expected = np.corrcoef([-0.5, 0.5, 0, 1.5, -1.5], [1, -1, 0, -3, 3])[0, 1]
     assert compare.correlations(rows)[1]["shift_text"] == pytest.approx(expected)
 
@@ -101,50 +107,65 @@ def arguments(tmp_path, **more):
     return SimpleNamespace(**{**usual, "rows": None, "further": [], "out": str(tmp_path), **more})
 
 
+def in_place_of_train(monkeypatch, make):
+    """Programs that write make(flags of train.py) to results.json."""
+
+    class Program:
+        def __init__(self, command, stdout, stderr):
+            args = train.parse(command[2:])
+            Path(args.out, "results.json").write_text(json.dumps(make(args)))
+
+        def wait(self):
+            return 0
+
+        def terminate(self):
+            pass
+
+    monkeypatch.setattr(compare.subprocess, "Popen", Program)
+
+
 def test_every_row_has_the_same_seeds_and_runs_are_made_once(tmp_path, monkeypatch, capsys):
     made, version = [], ["one"]
 
-    def make(flags, out):
-        args = train.parse(flags)
+    def make(args):
         made.append((args.distill, args.seed, args.dataset))
         time.sleep(0.02 if args.seed == 5 else 0)  # the first one ends last
-        out.mkdir(parents=True, exist_ok=True)
-        mark = {"made_by": {"flags": flags, "code": version[0], "minutes": 1.0}}
-        (out / "results.json").write_text(json.dumps({**results(args.seed), **mark}))
-        return json.loads((out / "results.json").read_text())
+        return results(args.seed)
 
-    monkeypatch.setattr(many, "run", make)
-    monkeypatch.setattr(many, "code", lambda: version[0])
+    in_place_of_train(monkeypatch, make)
+    monkeypatch.setattr(compare, "code", lambda: version[0])
     rows = {"plain": "--distill none", "rpmd": "--distill rpmd --clip-lr-factor 0.1"}
-    found = many.run_all(rows, arguments(tmp_path, jobs=3))
+    found = compare.compare(arguments(tmp_path, jobs=3), rows, {"rpmd": "plain"}, start="plain")
     assert sorted(made) == [(d, s, f"toy:{s}") for d in ("none", "rpmd") for s in (5, 6, 7)]
-    assert [list(by_seed) for by_seed in found.values()] == [[5, 6, 7]] * 2, "in order"
-    assert found["plain"][6]["trained"] == results(6)["trained"]
+    assert [row["row"] for row in found] == ["CLIP, zero-shot", "plain", "rpmd"]
+    assert [list(row["seeds"]) for row in found] == [[5, 6, 7]] * 3, "in order"
+    assert found[1]["seeds"][6]["unseen"] == results(6)["trained"]["unseen"]
+    assert ["against_plain" in row for row in found] == [False, False, True]
     made.clear()
-    many.run_all(rows, arguments(tmp_path, seeds=4))
+    compare.compare(arguments(tmp_path, seeds=4), rows, {})
     assert sorted(made) == [("none", 8, "toy:8"), ("rpmd", 8, "toy:8")]
     made.clear()
     assert "another version" not in capsys.readouterr().out
     (tmp_path / "runs/distill-none/seed-6/results.json").write_text("{")  # cut off
     version[0] = "two"
-    many.run_all(rows, arguments(tmp_path))
+    compare.compare(arguments(tmp_path), rows, {})
     assert made == [("none", 6, "toy:6")] and "another version" in capsys.readouterr().out
     made.clear()
-    many.run_all(rows, arguments(tmp_path, jobs=1, further=["--steps", "7"]))
-    many.run_all(rows, arguments(tmp_path))
+    compare.compare(arguments(tmp_path, jobs=1, further=["--steps", "7"]), rows, {})
+    compare.compare(arguments(tmp_path), rows, {})
     assert len(made) == 6, "other flags, other runs, beside the first ones"
     assert [run[1] for run in made] == [5, 6, 7] * 2, "a seed's CLIP is made by one run"
 
 
 def test_a_seed_decides_the_world_unless_the_row_does(tmp_path):
     args = arguments(tmp_path, further=["--steps", "9"])
-    flags, out = many.variant("--dataset toy:1", 4, args)
+    flags, out = compare.variant("--dataset toy:1", 4, args)
     parsed = train.parse(flags)
     assert (parsed.dataset, parsed.seed, parsed.steps) == ("toy:1", 4, 9)
     assert out == tmp_path / "runs/steps-9-dataset-toy-1/seed-4"
     args = arguments(tmp_path, dataset="folder:x", unseen=["a, b", "c"])
     for seed, unseen in ((5, "a, b"), (6, "c"), (7, "a, b")):  # from the first seed on
-        flags, out = many.variant("--distill none", seed, args)
+        flags, out = compare.variant("--distill none", seed, args)
         parsed = train.parse(flags)
         assert (parsed.unseen, parsed.pretrained, parsed.clip) == (unseen, "crops", "tiny")
         assert out == tmp_path / f"runs/distill-none-folder-x/seed-{seed}"
@@ -153,10 +174,11 @@ def test_a_seed_decides_the_world_unless_the_row_does(tmp_path):
 @pytest.mark.parametrize(
     "wrong, sentence",
     [
-        (dict(seeds=1), "--seeds 1"),
-        (dict(dataset="folder:x"), "and --unseen"),
-        (dict(unseen=["a"]), "go together"),
-        (dict(dataset="toy:3"), "--dataset toy:3: ablate takes toy or folder:PATH"),
+        (dict(seeds=1), "--seeds 1: what chance does takes two or more"),
+        (dict(dataset="folder:x"), "--dataset folder:x: ablate takes .* and --unseen .* together"),
+        (dict(unseen=["a"]), "--dataset toy: ablate takes toy, or folder:PATH"),
+        (dict(dataset="toy:3"), "--dataset toy:3: ablate takes toy, or folder:PATH"),
+        (dict(dataset="toy:3", unseen=["a"]), "--dataset toy:3: ablate takes toy, or folder:PATH"),
         (dict(dataset="folder:nowhere", unseen=["a"]), "nowhere"),
         (dict(further=["--distill", "none"]), "--distill can't be given for all runs"),
         (dict(further=["--seed=3"]), "--seed=3 can't be given"),
@@ -164,14 +186,17 @@ def test_a_seed_decides_the_world_unless_the_row_does(tmp_path):
 )
 def test_what_cant_be_run_is_refused(tmp_path, wrong, sentence):
     with pytest.raises(UserError, match=sentence):
-        many.run_all({"plain": "--distill none"}, arguments(tmp_path, **wrong))
+        compare.compare(arguments(tmp_path, **wrong), {"plain": "--distill none"}, {})
 
 
-def test_seeds_that_dont_divide_among_lists_are_refused(tmp_path, folder):
-    lists = ["red thing", "blue thing"]
-    with pytest.raises(UserError, match="--seeds 3 is no multiple of the 2 lists of --unseen"):
-        args = arguments(tmp_path, dataset=f"folder:{folder}", unseen=lists)
-        many.run_all({"plain": "--distill none"}, args)
+def test_lists_that_do_not_fit_are_refused(tmp_path, folder):
+    for lists, sentence in (
+        (["red thing", "blue thing"], "--seeds 3 is no multiple of the 2 lists of --unseen"),
+        (["red thing, blue"], "--unseen blue: the dataset has no such name"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            args = arguments(tmp_path, dataset=f"folder:{folder}", unseen=lists)
+            compare.compare(args, {"plain": "--distill none"}, {})
 
 
 def test_rows_that_match_nothing(tmp_path):
@@ -179,40 +204,72 @@ def test_rows_that_match_nothing(tmp_path):
         compare.ablate(arguments(tmp_path, rows=["frozen", "tap"]))
 
 
-def test_pictures_end_to_end(tmp_path, folder):
-    """Two rows and two splits, one run of which can't write its log at first: it stops none of the
-    others, and the same command makes it alone."""
-    out = tmp_path / "o"
-    lists = ["red thing", "green thing, blue thing"]
-    further = ["--steps", "2", "--pretrained", "none"]
-    command = ["-m", "study", "ablate", "--dataset", f"folder:{folder}", "--unseen", *lists]
-    command += ["--seeds", "2", "--rows", "frozen", *further, "--out", out]
-    args = arguments(out, dataset=f"folder:{folder}", unseen=lists, first_seed=1, further=further)
-    flags, blocked = many.variant(compare.PARTS["RPMD, frozen teacher"], 2, args)
-    (blocked / "log.jsonl").mkdir(parents=True)  # where a file should go
-    done = run(*command, check=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "1 of 4 runs failed; the same command tries them again" in done.stderr
-    assert "exit status 1" in done.stderr and "log.jsonl" in done.stderr
-    assert not (out / "ablate.md").exists()
-    before = {p: p.stat().st_mtime for p in out.rglob("results.json")}
-    assert len(before) == 3
+class Forked:
+    """subprocess.Popen that takes less time: train.py by the tests' fork server, to its end."""
 
-    (blocked / "log.jsonl").rmdir()
-    done = run(*command)
-    assert (out / "ablate.md").read_text().strip() in done.stdout
-    assert (out / "ablate.png").stat().st_size > 5000 and not list(out.rglob("last.pt"))
-    lines = [json.loads(line) for line in (out / "ablate.jsonl").read_text().splitlines()]
-    rows = ["CLIP, zero-shot", "plain fine-tuning", "RPMD, frozen teacher"]
+    def __init__(self, command, stdout, stderr):
+        done = run(*command[1:], check=False)
+        stdout.write(done.stdout + done.stderr)
+        self.returncode = done.returncode
+
+    def wait(self):
+        return self.returncode
+
+    def terminate(self):
+        pass
+
+
+def test_pictures_end_to_end(tmp_path, folder, capsys, monkeypatch):
+    """One row and two splits, one run of which can't write to its folder at first: it does not stop
+    the other, and the same command makes it alone."""
+    run("train.py", "--help")  # starts the server, by the real Popen
+    monkeypatch.setattr(compare.subprocess, "Popen", Forked)
+    lists, further = ["red thing", "green thing, blue thing"], ["--steps", "2"]
+    further += ["--pretrained", "none"]
+    more = dict(
+        dataset=f"folder:{folder}", unseen=lists, seeds=2, first_seed=1, further=further, jobs=1
+    )
+    args = arguments(tmp_path, rows=["plain fine"], **more)
+    flags, blocked = compare.variant(compare.PARTS["plain fine-tuning"], 1, args)
+    (blocked / ".lock").mkdir(parents=True)  # where a file should go
+    with pytest.raises(UserError, match="1 of 2 runs failed; the same command tries") as refused:
+        compare.ablate(args)
+    assert re.search("exit status 1, .* error: .*seed-1 can't be written to", str(refused.value))
+    assert not (tmp_path / "ablate.md").exists()
+    [other] = tmp_path.rglob("results.json")
+    before = other.stat().st_mtime
+
+    (blocked / ".lock").rmdir()
+    compare.ablate(args)
+    assert (tmp_path / "ablate.md").read_text().strip() in capsys.readouterr().out
+    assert (tmp_path / "ablate.png").stat().st_size > 5000 and not list(tmp_path.rglob("last.pt"))
+    lines = [json.loads(line) for line in (tmp_path / "ablate.jsonl").read_text().splitlines()]
+    rows = ["CLIP, zero-shot", "plain fine-tuning"]
     assert [(line["row"], line["seed"]) for line in lines] == [(r, s) for r in rows for s in (1, 2)]
-    assert lines[-1]["flags"] == flags and lines[-1]["code"] == many.code()
-    assert [line["flags"][line["flags"].index("--unseen") + 1] for line in lines] == lists * 3
-    after = {p: p.stat().st_mtime for p in out.rglob("results.json")}
-    assert len(after) == 4 and before.items() <= after.items()
+    made_later = lines[2]
+    assert [line["flags"][line["flags"].index("--unseen") + 1] for line in lines] == lists * 2
+    assert len(list(tmp_path.rglob("results.json"))) == 2 and other.stat().st_mtime == before
     trained = json.loads((blocked / "results.json").read_text())
-    assert trained["args"]["unseen"] == lists[1]
-    assert lines[-1]["seen"] == trained["trained"]["seen"]
-    assert many.finished(flags, blocked) == trained and not many.finished(flags[:-1], blocked)
+    assert trained["args"]["unseen"] == lists[0]
+    assert made_later["seen"] == trained["trained"]["seen"] and made_later["minutes"] > 0
+    made_by = {key: made_later[key] for key in ("flags", "code", "minutes")}
+    assert trained["made_by"] == made_by
+    assert (made_by["flags"], made_by["code"]) == (flags, compare.code())
+
+
+def test_the_fingerprint_is_of_all_code_but_tests(tmp_path, monkeypatch):
+    for file in ("train.py", "sources/toy.py", "support/runs.py", "study/rivals.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("1")
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    found = {compare.code()}
+    for file in tmp_path.rglob("*.py"):
+        file.write_text("2")
+        found.add(compare.code())
+    assert len(found) == 5
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_toy.py").write_text("3")
+    assert compare.code() in found
 
 
 def test_crops_carry_the_names_of_what_they_show(folder):
@@ -236,24 +293,23 @@ def test_a_run_with_a_clip_from_crops(folder, tmp_path, monkeypatch):
     pretrain, short = tiny_clip.pretrain, dict(steps=(3, 1), batches=(8, 4), progress=False)
     monkeypatch.setattr(tiny_clip, "pretrain", lambda *args, **_: pretrain(*args, **short))
     args = arguments(tmp_path, dataset=f"folder:{folder}", unseen=["red thing"], first_seed=0)
-    flags, out = many.variant("--steps 1 --tpa-steps 1 --batch-size 2", 0, args)
+    flags, out = compare.variant("--steps 1 --tpa-steps 1 --batch-size 2", 0, args)
     assert train.train(train.parse([*flags, "--out", str(out)])) == 0
     assert len(list((tmp_path / "cache").glob("crops-clip-0-*.pt"))) == 1
     found = json.loads((out / "results.json").read_text())
     assert list(found["classes"]) == ["red thing", "green thing", "blue thing"]
-    figures = compare.figures(found)
+    figures = compare.figures({**found, "made_by": {}})
     assert set(figures) > {*SHIFTS, *compare.METRICS} and None not in figures.values()
 
 
 def made_up(monkeypatch, trained):
     """Runs whose three scores are all what trained(flags of train.py) gives."""
 
-    def make(flags, out):
-        args = train.parse(flags)
+    def make(args):
         scores = dict.fromkeys(("seen", "unseen", "harmonic"), trained(args))
         return {**results(args.seed), "trained": scores}
 
-    monkeypatch.setattr(many, "run", make)
+    in_place_of_train(monkeypatch, make)
 
 
 def curve_points(monkeypatch, tmp_path):
@@ -339,9 +395,9 @@ def test_spread_and_sweep(tmp_path, monkeypatch):
 def test_every_row_has_flags_that_train_takes_and_a_folder_of_its_own(tmp_path):
     """Also with the rate of the table, whose runs the curve finds again."""
     args = arguments(tmp_path)
-    table = [f"{flags} {compare.RATE}" for flags in compare.PARTS.values()]
+    table = [flags + compare.RATE for flags in compare.PARTS.values()]
     rows = [*table, *compare.at_rates(compare.SWEEP).values()]
-    made = [many.variant(flags, 1, args) for flags in rows]
+    made = [compare.variant(flags, 1, args) for flags in rows]
     for flags, _ in made:
         train.parse(flags)
     assert len({out for _, out in made}) == len(set(rows))

@@ -323,6 +323,15 @@ def test_vocabularies_that_are_taken(tmp_path):
     assert read_names("tv/radio", "--unseen") == ["tv/radio"]  # the dataset has it or has not
 
 
+def test_every_draw_of_an_image_looks_different(folder):
+    for path in [*folder.glob("*/train/[1-9].*")]:
+        path.unlink()
+    crops = data.TrainingCrops(data.open_dataset(f"folder:{folder}", None, "train"), 32, 0)
+    assert len(crops) == 1
+    looks = [crops[draw][0] for draw in range(4)]
+    assert not any(torch.equal(a, b) for i, a in enumerate(looks) for b in looks[:i])
+
+
 def test_samples_are_a_function_of_seed_and_draw(folder):
     dataset = open_dataset(f"folder:{folder}", None, "train")
     a, b, other = (data.TrainingCrops(dataset, 32, seed) for seed in (0, 0, 1))

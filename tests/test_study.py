@@ -14,7 +14,7 @@ from data import open_dataset
 from ema import frozen_copy
 from losses import IGNORE
 from model import build
-from study import measures, shift
+from study import measures
 from study.__main__ import parse
 from support.errors import UserError
 
@@ -67,6 +67,10 @@ def test_pearson():
     assert measures.pearson(x, y) == pytest.approx(a @ b / np.sqrt(a @ a * (b @ b)))
     assert measures.pearson([1, 2], [3, 4]) is None
     assert measures.pearson([1, 1, 1], [1, 2, 3]) is None
+    x, y = [[1, 2, 30], [2, 4, None]], [[5, 1, 2], [6, 3, 4]]  # two columns are whole: +1, +2
+    assert measures.pearson(x, y, within_columns=True) == pytest.approx(
+        np.corrcoef([-0.5, 0.5, -1, 1, 0], [-0.5, 0.5, -1, 1, 0])[0, 1]
+    )
 
 
 def test_a_subset_is_spread_evenly(folder):
@@ -132,7 +136,7 @@ def test_shift_statistics_equal_loops(tiny, folder):
 
 def test_nothing_labelled_is_no_number(tiny, folder):
     """A dataset without a labelled pixel: None instead of a division by zero."""
-    dataset = measures.Subset(open_dataset(f"folder:{folder}", None, "val"), 0)
+    dataset = open_dataset(f"folder:{folder}", None, "val")
     load = dataset.load
     dataset.load = lambda i: (load(i)[0], np.full((60, 80), IGNORE), "")
     got = statistics(tiny.eval(), tiny, dataset)
@@ -156,7 +160,7 @@ def test_both_verbs(tiny, folder, tmp_path):
     for by, file in zip((0.1, 0.3, 0.5), files):
         checkpoint(file, moved(tiny, by), tiny, names)
     out = tmp_path / "new" / "s"
-    where = ["--dataset", f"folder:{folder}", "--out", out, "--views", "whole"]
+    where = ["--dataset", f"folder:{folder}", "--out", out]
     done = run("-m", "study", "shift", "--checkpoints", *files, *where)
     found = json.loads((out / "shift.json").read_text())
     assert [r["checkpoint"] for r in found["rows"]] == ["original CLIP", *map(str, files)]
@@ -178,7 +182,7 @@ def test_what_cant_be_read_or_written_is_a_sentence(tiny, tmp_path):
     file = tmp_path / "c.pt"
     torch.save(dict(config=tiny.config, model=tiny.state_dict()), file)
     with pytest.raises(UserError, match="c.pt does not hold the original CLIP's weights"):
-        shift.read(file)
+        measures.read(file)
     command = ["-m", "study", "shift", "--checkpoints", file, "--out", file / "s"]
     done = run(*command, check=False)
     assert done.returncode == 1 and f"{file / 's'} can't be written to" in done.stderr

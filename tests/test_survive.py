@@ -462,6 +462,12 @@ def evaluated(monkeypatch, *words):
     signal.signal(signal.SIGTERM, handler)
 
 
+def test_masks_without_a_single_label_are_refused(go, folder):
+    for path in folder.glob("masks/train/*.png"):
+        Image.new("L", (80, 60), 255).save(path)
+    one_sentence(go(), "nothing to learn from, no label in 32 training crops of ", folder)
+
+
 def test_one_class(go, folder, tmp_path, monkeypatch, capsys):
     (folder / "classes.txt").write_text("thing")
     for path in folder.glob("masks/*/*.png"):

@@ -77,7 +77,7 @@ def merge(scores, canvas):
 
 
 @torch.inference_mode()
-def class_scores(model, image, text, sliding=True, zero_shot=False, size=None, chunk=16):
+def class_scores(model, image, text, sliding=True, zero_shot=False, size=None, chunk=None):
     """Yields (first class, probabilities [1,c,H,W]) for successive chunks of the classes of text
     [K,D]: a photograph with many classes has gigabytes of scores.
 
@@ -92,12 +92,14 @@ def class_scores(model, image, text, sliding=True, zero_shot=False, size=None, c
             logits.append(model.cost(patches, text))
         else:
             logits.append(model.compute_logits(patches, middle, text))
+    H, W = size or image.size[::-1]
+    chunk = chunk or min(16, max(1, 2 ** 26 // (H * W)))  # classes at once
     for first in range(0, len(text), chunk):
         scores = torch.cat([of_view[:, first:first + chunk] for of_view in logits]).float()
         scores = resize(scores, x.shape[2:])
         if not zero_shot:
             scores = scores.sigmoid()
-        yield first, resize(merge(scores, canvas), size or image.size[::-1])
+        yield first, resize(merge(scores, canvas), (H, W))
 
 
 def label_map(model, image, text, **options):
@@ -216,7 +218,6 @@ def evaluate(model, dataset, device, sliding=True, zero_shot=False, rank=0, worl
 
 
 def evaluate_dataset(name, dataset, model, checkpoint, args, rank, world, device):
-    """One of --datasets: a table, a JSON file, and what else was asked for."""
     stem = (name + "-zero-shot" if args.zero_shot else name).replace(":", "-").replace("/", "_")
     folder = Path(args.out or Path(args.checkpoint).parent / "eval", stem)
     sliding = is_sliding(args.views, name)
@@ -265,7 +266,6 @@ def main():
 
 
 def label_pictures(model, checkpoint, args):
-    """--image: label pictures of one's own. Returns what went wrong, a sentence for each."""
     if not args.classes:
         raise UserError('--image needs --classes, as in --classes "cat, sofa, wooden floor"')
     names = data.read_names(args.classes)

@@ -14,6 +14,7 @@ import data
 import evaluate
 from conftest import run
 from losses import IGNORE
+from support import pictures
 from support.errors import UserError
 
 
@@ -155,6 +156,31 @@ def test_segment_takes_paths_and_arrays_and_nothing_else(tiny, tmp_path):
     for wrong, words in ((["a", "a"], "names 'a' twice"), (["a", ""], "no name on item 2")):
         with pytest.raises(UserError, match=words):
             evaluate.segment(tiny, image, wrong)
+
+
+def test_pixel_accuracy_is_exact():
+    """A billion pixels, of which one is wrong: float32 would call that 100 %."""
+    confusion = torch.tensor([[999_999_999, 1], [0, 10**12]])
+    right, total = 999_999_999 + 10**12, 10**9 + 10**12
+    got = evaluate.summary(confusion, ["a", "b"])["pixel_accuracy"]
+    assert got == pytest.approx(100 * right / total, rel=1e-15) and got < 100
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (6_000, 4_000)])
+def test_memory_stays_bounded_for_any_picture(tiny, tmp_path, monkeypatch, size):
+    """At most 64 million scores at once, and a drawing whose longer side stays in bounds."""
+    largest, resize = [], evaluate.resize
+
+    def watch(x, to):
+        largest.append(x.shape[1] * to[0] * to[1])
+        return resize(x, to)
+
+    monkeypatch.setattr(evaluate, "resize", watch)
+    image, names = Image.new("RGB", size, "gray"), [f"thing {i}" for i in range(3)]
+    labels = evaluate.segment(tiny, image, names, sliding=False)
+    assert labels.shape == size[::-1] and max(largest) <= max(2**26, size[0] * size[1])
+    drawn = pictures.segmentation(image, labels.numpy(), names)
+    assert max(drawn.size) <= max(8_500, 480) and drawn.width * drawn.height < 70e6
 
 
 def test_summary_separates_seen_from_unseen():

@@ -253,7 +253,8 @@ def main():
         checkpoint = weights.read_checkpoint(args.checkpoint)
         model = weights.from_checkpoint(checkpoint, args.checkpoint).to(device).eval()
         if args.image:
-            sys.exit("\n".join(label_pictures(model, checkpoint, args)) or 0)
+            wrong = label_pictures(model, checkpoint, args) if rank == 0 else []
+            sys.exit("\n".join(wrong) or 0)
         names = []
         for name in args.datasets:
             names += data.REPORTED if name == "all" else [name]

@@ -71,10 +71,10 @@ def parse(argv=None):
 
 
 def step_losses(model, momentum, images, pixel_labels, tokens, args):
-    """RPMD: everything the paper defines, top to bottom as in its Figure 1, for one pass.
+    """RPMD, top to bottom as in the paper's Figure 1, for one pass.
 
-    model: Segmenter, or DDP around one. momentum: a MomentumEncoder; one that is never updated
-    makes this --distill frozen. Returns L_total, and this process's share of the sums of FIGURES.
+    model: Segmenter, or DDP around one. momentum: a MomentumEncoder; with an alpha of 1 this is
+    --distill frozen. Returns L_total, and the numbers that FIGURES names, of this process.
     """
     with runs.autocast(images.device, args.precision):
         logits, patches, text = model(images, tokens)  # [B,K,4H,4W], V [B,L,D], T [K,D]
@@ -96,8 +96,8 @@ def step_losses(model, momentum, images, pixel_labels, tokens, args):
     counts = [counted_pixels(pixel_labels, args), mask.any(-1).sum(), q.any(-1).sum()]
     seg, spd, cpa = weigh_by_process([seg, spd, cpa], counts)
     loss = total_loss(seg, spd, cpa, args.lambda_spd, args.lambda_cpa)  # Eq. (6)
-    labelled, none = (labels != IGNORE).sum(), torch.zeros_like(seg)
-    figures = torch.stack([seg, spd, cpa, none, loss, mask.sum(), labelled, q.sum()])
+    labelled, zero = (labels != IGNORE).sum(), torch.zeros_like(seg)
+    figures = torch.stack([seg, spd, cpa, zero, loss, mask.sum(), labelled, q.sum()])
     return loss, figures.detach().double()
 
 
@@ -115,8 +115,8 @@ def rival_losses(model, original, images, pixel_labels, tokens, args):
     loss = seg + args.lambda_pooled * pooled
     labels = patch_labels(pixel_labels, grid)
     correct = reference_mask(patches.float(), text.float(), labels)
-    labelled, none = (labels != IGNORE).sum(), torch.zeros_like(seg)
-    figures = torch.stack([seg, none, none, pooled, loss, correct.sum(), labelled, none])
+    labelled, zero = (labels != IGNORE).sum(), torch.zeros_like(seg)
+    figures = torch.stack([seg, zero, zero, pooled, loss, correct.sum(), labelled, zero])
     return loss, figures.detach().double()
 
 
@@ -173,18 +173,22 @@ class Run:
 
         self.model = build_model(args, self.rank).to(self.device)
         self.tokens = self.model.tokenize(self.train_set.names)
-        self.original = frozen_copy(self.model.image_encoder)
-        with torch.no_grad():
-            self.original_text = self.model.encode_text(self.model.tokenize(self.val_set.names))
-        self.original_weights = {  # what trains of CLIP
-            name: p.detach().clone() for name, p in self.model.named_parameters()
-            if p.requires_grad and not name.startswith("head.")}
+        self.keep_original()
         self.momentum = None
         if args.distill != "none":  # TPA leaves the visual encoder as it is: E^M can begin here
             alpha = args.alpha if args.distill == "rpmd" else 1.0
             self.momentum = MomentumEncoder(self.model.image_encoder, alpha)
         self.optimiser = build_optimiser(self.model, args)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
+
+    def keep_original(self):
+        """Keep CLIP as it is now: its image encoder, its T, and the weights that train."""
+        self.original = frozen_copy(self.model.image_encoder)
+        with torch.no_grad():
+            self.original_text = self.model.encode_text(self.model.tokenize(self.val_set.names))
+        self.original_weights = {name: p.detach().clone()
+                                 for name, p in self.model.named_parameters()
+                                 if p.requires_grad and not name.startswith("head.")}
 
     def say(self, text):
         if self.rank == 0:
@@ -259,9 +263,9 @@ def joint_training(run):
     if run.world > 1:
         model = nn.parallel.DistributedDataParallel(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    micro_batches = iter(run.batches(run.crops, run.step * args.accumulate,
-                                     args.steps * args.accumulate,
-                                     args.batch_size // run.world // args.accumulate))
+    passes = args.accumulate
+    size = args.batch_size // run.world // passes
+    batches = iter(run.batches(run.crops, run.step * passes, args.steps * passes, size))
     bar = tqdm(range(run.step + 1, args.steps + 1), "training", args.steps, initial=run.step,
                disable=run.rank > 0)
     for step in bar:
@@ -269,30 +273,32 @@ def joint_training(run):
         begin = time.time()
         model.train()
         set_learning_rate(optimiser, step - 1, args.steps)
-        figures, paths = 0, []
-        for i in range(args.accumulate):
-            images, pixel_labels, files = next(micro_batches)
+        figures = torch.zeros(len(FIGURES), dtype=torch.float64, device=run.device)
+        paths = []
+        for i in range(passes):
+            images, pixel_labels, files = next(batches)
             images = images.to(run.device, non_blocking=True)
             pixel_labels = pixel_labels.to(run.device, non_blocking=True)
-            with sync_gradients(model, last=i == args.accumulate - 1):
-                loss, sums = losses_of(model, momentum, images, pixel_labels, run.tokens, args)
-                scaler.scale(loss / args.accumulate).backward()
-            figures = figures + sums
+            with sync_gradients(model, i + 1 == passes):
+                loss, found = losses_of(model, momentum, images, pixel_labels, run.tokens, args)
+                scaler.scale(loss / passes).backward()
+            figures += found
             paths += files
         scaler.unscale_(optimiser)
         grad_norm = nn.utils.clip_grad_norm_(trained, args.clip_grad)
-        refuse_non_finite(run, figures, grad_norm, paths)
+        runs.refuse_non_finite(run, FIGURES, figures, grad_norm, paths)
         scaler.step(optimiser)
         scaler.update()
         optimiser.zero_grad()
-        if momentum and math.isfinite(grad_norm):
+        if momentum and math.isfinite(grad_norm):  # not so where fp16's scaler skipped the step
             momentum.update()  # E^M = alpha E^M + (1 - alpha) E
 
         if runs.due(args.log_every, step) or step == args.steps:
             seconds = time.time() - begin
-            bar.set_postfix(progress.log_step(run, FIGURES, figures, grad_norm, seconds))
+            shown = progress.log_step(run, FIGURES, figures, grad_norm, seconds)
+            bar.set_postfix(shown)
         stop = runs.anyone(run.interruption.asked)
-        if stop or checkpoints.due(run):
+        if stop or checkpoints.is_due(run):
             checkpoints.save(run)
         if stop:
             return True
@@ -303,18 +309,9 @@ def joint_training(run):
 def sync_gradients(model, last):
     """Around forward (where DDP decides it) and backward: average gradients over processes in the
     last micro-batch of a step only; until then they add up."""
-    return contextlib.nullcontext() if last or unwrap(model) is model else model.no_sync()
-
-
-def refuse_non_finite(run, figures, grad_norm, paths):
-    """Under fp16 an infinite gradient is the scaler's to skip; an infinite loss is nobody's."""
-    if figures.isfinite().all() and (math.isfinite(grad_norm) or run.scaler.is_enabled()):
-        return
-    terms = [name for name, n in zip(FIGURES, figures.tolist())
-             if not math.isfinite(n) and name != "total_loss"]
-    what = " and ".join(terms) or "the gradient, not the losses of this process,"
-    raise UserError(f"step {run.step}: {what} became NaN or infinite; images {', '.join(paths)}; "
-                    f"nothing was written after {run.last}")
+    if last or unwrap(model) is model:
+        return contextlib.nullcontext()
+    return model.no_sync()
 
 
 def train(args):
@@ -331,9 +328,11 @@ def train(args):
     with run.interruption.immediate(False):
         stopped = joint_training(run)
     if stopped:
-        run.say(f"stopped after step {run.step} as asked; the same command goes on from {run.last}")
+        run.say(f"stopped after step {run.step} as asked; the same command goes on from {run.last}"
+                ", unless it says --restart")
         return 130
-    progress.finish(run)
+    with run.interruption.immediate(True):
+        progress.finish(run)
     return 0
 
 

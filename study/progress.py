@@ -78,7 +78,8 @@ def evaluate_if_due(run):
     with run.interruption.immediate(True):
         run.log.append(step=run.step, **score(run)[0], **measure(run, run.momentum))
         if run.rank == 0:
-            pictures.curves(run.log.path, run.out / "curves.png")
+            with writing(run.out / "curves.png") as path:
+                pictures.curves(run.log.path, path)
 
 
 def finish(run):

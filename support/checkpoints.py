@@ -14,7 +14,7 @@ FIXED = ("dataset", "classes", "unseen", "clip", "pretrained", "init_cat_seg", "
 OURS = ("last.pt", "step-*.pt", "log.jsonl", "results.json", "curves.png", "examples.png")
 
 
-def due(run):
+def is_due(run):
     """Whether a checkpoint should be written after this step."""
     periods = (run.args.save_every, run.args.snapshot_every, run.args.eval_every)
     return run.step == run.args.steps or any(runs.due(n, run.step) for n in periods)
@@ -37,7 +37,7 @@ def save(run):
 
 def begin(run):
     """What an interrupted beginning of the same run has found (see `remember`), or {}. Then what an
-    older run has left is moved into the folder `previous`."""
+    older run has left is moved into a folder of its own, previous-N."""
     path, facts = run.out / "start.json", {}
     with contextlib.suppress(OSError, ValueError, KeyError):
         found = json.loads(path.read_text())
@@ -46,10 +46,11 @@ def begin(run):
     runs.agree_on(bool(facts), f"--out {run.out} should be one folder for all nodes: {path}")
     if run.rank == 0 and not facts:
         left = [p for pattern in OURS for p in run.out.glob(pattern)]
-        shutil.rmtree(run.out / "previous", ignore_errors=True)
-        for old in left:
-            (run.out / "previous").mkdir(exist_ok=True)
-            old.replace(run.out / "previous" / old.name)
+        if any(p.suffix == ".pt" for p in left):  # else it has not come far
+            previous = run.out / f"previous-{len(list(run.out.glob('previous-*'))) + 1}"
+            previous.mkdir()
+            for old in left:
+                old.replace(previous / old.name)
     return facts
 
 
@@ -61,7 +62,7 @@ def remember(run):
 
 
 def fixed_flags(run):
-    return {name: getattr(run.args, name) for name in FIXED}
+    return {name: getattr(run.args, name) for name in (*FIXED, "jitter")}
 
 
 def find(run):
@@ -86,6 +87,8 @@ def resume(run, state):
                             f"{args.steps}: use another --out, or --restart")
         run.step = state["step"]
         run.facts = state["facts"]
+        weights.load_state(run.model, {**state["model"], **state["original"]}, run.last)
+        run.keep_original()  # as it was then, whatever --pretrained gives today
         weights.load_state(run.model, state["model"], run.last)
         run.optimiser.load_state_dict(state["optimiser"])
         for group, (base_lr, weight_decay) in zip(run.optimiser.param_groups, rates):
@@ -113,7 +116,9 @@ def check_space(run):
     trained = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
     needed = 2 * (sum(t.nbytes for t in run.model.state_dict().values()) + 4 * trained)
     free = shutil.disk_usage(run.out).free
-    if free < needed:
+    if run.last.exists():
+        free += run.last.stat().st_size  # one of the two is there
+    if run.rank == 0 and free < needed:
         raise UserError(f"--out {run.out} has {free / 1e6:,.0f} MB left, and needs "
                         f"{needed / 1e6:,.0f}")
 
@@ -151,5 +156,7 @@ def compare_flags(args, state, names, path, say):
         if name in FIXED:
             raise UserError(f"{flag} {now[name]} does not go with {path}, which was trained with "
                             f"{flag} {before.get(name)}: use another --out, or --restart")
-        if name not in ("out", "restart", "timeout", "tpa_steps", "tpa_lr"):
+        if name in ("tpa_steps", "tpa_lr"):
+            setattr(args, name, before.get(name))  # that is over
+        elif name not in ("out", "restart", "timeout"):
             say(f"{flag} is now {now[name]}, was {before.get(name)}")

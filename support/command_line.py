@@ -35,7 +35,7 @@ def parse_training(description, recipe, datasets, argv=None):
         "openai; toy for toy worlds, none for other data with the tiny CLIP)")
     add("--adapt", default="both", choices=("both", "visual", "text", "none"),
         help="what of CLIP trains (default both)")
-    add("--init-cat-seg", metavar="FILE", help="start from CAT-Seg's weights")
+    add("--init-cat-seg", metavar="FILE", help="start from CAT-Seg, its CLIP as the original")
     add("--distill", default="rpmd", choices=("rpmd", "frozen", "pooled", "none"),
         help="rpmd (default); frozen: the same with the original CLIP as teacher; pooled: MAFT+'s; "
              "none: plain CAT-Seg")

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import fcntl
 import json
+import math
 import os
 import re
 import resource
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from support import signals
 from support.errors import UserError, writing
 from support.signals import Interruption  # noqa: F401, offered here
 
@@ -87,6 +89,17 @@ def autocast(device, precision):
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
+def refuse_non_finite(run, names, figures, grad_norm, paths):
+    """Under fp16 an infinite gradient is the scaler's to skip; an infinite loss is nobody's."""
+    if figures.isfinite().all() and (math.isfinite(grad_norm) or run.scaler.is_enabled()):
+        return
+    terms = [name for name, n in zip(names, figures.tolist())
+             if not math.isfinite(n) and name != "total_loss"]
+    what = " and ".join(terms) or "the gradient, not the losses of this process,"
+    raise UserError(f"step {run.step}: {what} became NaN or infinite; images {', '.join(paths)}; "
+                    f"nothing was written after {run.last}")
+
+
 def peak_memory(device):
     """The most memory this process has held so far, in GB: of the GPU's, or resident."""
     if device.type == "cuda":
@@ -102,6 +115,7 @@ def one_sentence_for_errors():
     exception keeps its traceback."""
     try:
         yield
+        signals.ignore()
         if dist.is_initialized():
             dist.destroy_process_group()
     except UserError as e:
@@ -116,6 +130,7 @@ def one_sentence_for_errors():
             raise
         leave(f"error: rank {dist.get_rank()} lost contact with {who_is_missing()}")
     except KeyboardInterrupt:
+        signals.ignore()
         print("stopped", file=sys.stderr)
         sys.exit(130)
 
@@ -131,6 +146,7 @@ def leave(sentence):
         Path(error_file).write_text(json.dumps({"message": about}))
     if control is None:
         sys.exit(sentence)
+    sys.stdout.flush()
     print(sentence, file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -164,7 +180,7 @@ def only_run_in(out):
         lock = open(out / ".lock", "a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         raise UserError(f"--out {out} is in use by {holder}: use another --out, or wait") from None

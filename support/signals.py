@@ -3,6 +3,7 @@ import contextlib
 import os
 import signal
 import sys
+from pathlib import Path
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -14,8 +15,7 @@ class Interruption:
     def __init__(self, at_once=False):
         self.asked = False
         self.at_once = at_once
-        for number in SIGNALS:
-            signal.signal(number, self.ask)
+        answer(self.ask)
 
     def ask(self, number, frame):
         if self.at_once:
@@ -27,8 +27,9 @@ class Interruption:
     @contextlib.contextmanager
     def immediate(self, at_once):
         """Around what can be repeated, and so cut short anywhere (True), or between steps only."""
-        before = self.at_once
-        self.at_once = at_once
+        before, self.at_once = self.at_once, at_once
+        if at_once and self.asked:
+            raise KeyboardInterrupt
         yield
         self.at_once = before
 
@@ -39,6 +40,20 @@ def end_here(number, frame):
     os._exit(130)
 
 
-if sys.argv[0].endswith(("train.py", "evaluate.py")):
+def answer(handler):
+    """Have the signals answered, but for those that nohup or a shell's & has had ignored."""
     for number in SIGNALS:
-        signal.signal(number, end_here)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def ignore():
+    """At the end of a program, lest one more of them changes its exit status."""
+    if IN_CHARGE:
+        answer(signal.SIG_IGN)
+
+
+program = Path(getattr(sys.modules["__main__"], "__file__", "")).name
+IN_CHARGE = program in ("train.py", "evaluate.py")
+if IN_CHARGE:
+    answer(end_here)

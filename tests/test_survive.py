@@ -25,7 +25,7 @@ import survive
 import train
 from conftest import ROOT, run
 from sources.registry import open_dataset
-from support import checkpoints, runs
+from support import checkpoints, runs, signals
 from support.errors import UserError
 
 FAST = [
@@ -222,6 +222,41 @@ def test_what_the_beginning_found_is_not_looked_for_again(go, tmp_path, monkeypa
     assert survive.differences(tmp_path / "whole", tmp_path / "o") == []
 
 
+def test_a_signal_while_a_checkpoint_is_written_stops_before_the_evaluation(go, monkeypatch):
+    """It was asked for between steps; the evaluation that is due would take minutes."""
+    save, scored = train.checkpoints.save, []
+
+    def asked(run):
+        save(run)
+        if run.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    def score(run, zero_shot=False):
+        scored.append(run.step)
+        return {"mIoU_union": 0.0, "mIoU_ground_truth": 0.0}, {}
+
+    monkeypatch.setattr(train.checkpoints, "save", asked)
+    monkeypatch.setattr(train.progress, "score", score)
+    assert go()[0] == 130 and scored == [0]
+
+
+def test_ignored_signals_stay_ignored(monkeypatch):
+    """nohup ignores SIGHUP, and so does a run below it."""
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop = signals.Interruption()
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop.asked
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt), stop.immediate(True):
+            pass
+    finally:
+        for number, handler in zip(signals.SIGNALS, before):
+            signal.signal(number, handler)
+
+
 def test_restart_moves_the_old_run_aside(go, tmp_path, monkeypatch):
     assert go("--steps", "1")[0] == 0
     before = {name: (tmp_path / "o" / name).read_bytes() for name in ("last.pt", "results.json")}
@@ -229,9 +264,11 @@ def test_restart_moves_the_old_run_aside(go, tmp_path, monkeypatch):
         m.setattr(train.progress, "score", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             go("--restart")
+        with pytest.raises(ZeroDivisionError):
+            go("--restart")  # which has nothing to move
     assert {p.name for p in (tmp_path / "o").glob("*.*")} == {".lock"}
-    kept = {name: (tmp_path / "o/previous" / name).read_bytes() for name in before}
-    assert kept == before
+    kept = {name: (tmp_path / "o/previous-1" / name).read_bytes() for name in before}
+    assert kept == before and not (tmp_path / "o/previous-2").exists()
 
 
 def test_errors_are_repeated_by_torchrun(tmp_path):

@@ -208,6 +208,26 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(go, tmp_p
     assert untimed(tmp_path / "whole") == untimed(tmp_path / "cut")
 
 
+def test_a_resumed_run_keeps_its_original_clip(go, tmp_path, monkeypatch):
+    """Also where --pretrained would give another one today."""
+    a, build_model = go("a", "--steps", "2"), train.build_model
+
+    def another(args, rank):
+        model = build_model(args, rank)
+        with torch.no_grad():
+            for p in model.image_encoder.parameters():
+                if p.requires_grad:
+                    p.mul_(2)
+        return model
+
+    monkeypatch.setattr(train, "build_model", another)
+    b = go("a", "--steps", "3")
+    assert a["original"].keys() == b["original"].keys()
+    assert all(torch.equal(a["original"][k], t) for k, t in b["original"].items())
+    drift = json.loads((tmp_path / "a/results.json").read_text())["end"]["reference_drift"]
+    assert 0 < drift < 0.1
+
+
 def test_a_finished_run_is_evaluated_again_not_trained(go, tmp_path):
     a = go("a")
     before = log(tmp_path / "a")

@@ -32,7 +32,6 @@ from study import progress
 from study.rivals import pooled_loss
 from support import checkpoints, runs, weights
 from support.command_line import parse_training
-from support.errors import UserError
 from support.flags import (below_one, non_negative, non_negative_int, positive, positive_int,
                            probability)
 from tpa import pre_align
@@ -323,9 +322,9 @@ def train(args):
     else:
         start(run)
     checkpoints.check_space(run)
-    checkpoints.save(run)
-    progress.evaluate_if_due(run)  # where it was cut short
     with run.interruption.immediate(False):
+        checkpoints.save(run)
+        progress.evaluate_if_due(run)  # where it was cut short
         stopped = joint_training(run)
     if stopped:
         run.say(f"stopped after step {run.step} as asked; the same command goes on from {run.last}"

@@ -36,6 +36,22 @@ class Subset(torch.utils.data.Subset):
         return self.dataset.load(self.indices[i])
 
 
+def varied(dataset, count):
+    """A Subset of images that show different things: of ten times as many, evenly spread, each one
+    taken is that whose shares of classes are farthest from those of the ones before."""
+    some = Subset(dataset, 10 * count)
+    label_maps = [some.load(i)[1] for i in range(len(some))]
+    shares = np.stack([np.bincount(labels[labels != IGNORE], minlength=len(dataset.evaluated))
+                       / labels.size for labels in label_maps])  # [n,K]
+    taken = [0]
+    while len(taken) < min(count, len(some)):
+        apart = np.abs(shares[:, None] - shares[taken]).sum(-1).min(1)  # [n]
+        apart[taken] = -1
+        taken.append(int(apart.argmax()))
+    some.indices = some.indices[sorted(taken)]
+    return some
+
+
 def views(model, dataset, desc="patches"):
     """Of each image: the picture, its labels [H,W], and both squeezed to the model's size, as
     [1,3,S,S] and patch labels [1,L]."""
@@ -65,7 +81,7 @@ def example_sheet(model, original, original_text, momentum, dataset, sliding, co
         encoders["reference patches of\nthe momentum encoder"] = (momentum, text)
     encoders["patches that are right\nin the target CLIP"] = (model.encode_image, text)
     rows, label_maps = [], []
-    for image, labels, view, view_labels in views(model, Subset(dataset, count)):
+    for image, labels, view, view_labels in views(model, varied(dataset, count)):
         row = [image, drawing.paint(labels, names)]
         for encode, texts in encoders.values():
             right = nearest_class(encode(view)[0], texts, len(names)) == view_labels

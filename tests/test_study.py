@@ -210,3 +210,22 @@ def test_flags_of_train_are_passed_on():
     args = parse(["sweep", "--seeds", "4", "--steps", "7", "--lr=0.1"])
     assert (args.seeds, args.first_seed, args.dataset) == (4, 101, "toy")
     assert args.further == ["--steps", "7", "--lr=0.1"]
+
+
+def test_examples_are_of_images_that_differ():
+    """A film of two scenes, of which neighbouring frames are alike, and one picture of a third."""
+
+    class Film:
+        names = evaluated = ["a", "b", "c"]
+
+        def __len__(self):
+            return 30
+
+        def load(self, i):
+            scene = 2 if i == 17 else i // 15
+            return None, np.full((4, 4), scene), f"{i}"
+
+    chosen = measures.varied(Film(), 3)
+    assert {int(chosen.load(i)[1][0, 0]) for i in range(len(chosen))} == {0, 1, 2}
+    assert len(measures.varied(Film(), 6)) == 6 and len(measures.varied(Film(), 99)) == 30
+    assert len(set(measures.varied(Film(), 6).indices)) == 6

@@ -293,6 +293,35 @@ def test_out_that_is_no_folder(go, tmp_path):
     assert (tmp_path / "file").read_text() == "kept"
 
 
+def test_out_where_nothing_can_be(go):
+    one_sentence(go("--out", "/proc/run"), "--out /proc/run can't be written to")
+
+
+def test_a_disk_that_is_too_small_is_told_before_training(go, tmp_path, monkeypatch):
+    free = SimpleNamespace(free=1_234_567)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: free)
+    said = one_sentence(go(), f"--out {tmp_path / 'o'} has 1 MB left, and needs ")
+    assert int(said.split()[-1].replace(",", "")) > 5
+
+
+def test_ctrl_c_twice_ends_at_once(folder, tmp_path):
+    """130, no crash and no traceback, and the checkpoint whole, whatever the second one hits."""
+    out, words = tmp_path / "o", tmp_path / "words"
+    flags = [*FAST, "--batch-size", "32", "--steps", "100000", "--eval-every", "0"]
+    for pause in (0.0, 0.05):
+        process = survive.start([*survive.command(folder, out), *flags], words)
+        while "training:" not in words.read_text():
+            assert process.poll() is None, words.read_text()
+            time.sleep(0.02)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(pause)
+        status, said = process.wait(60), words.read_text()
+        assert status == 130, said
+        assert "Traceback" not in said and "stopped" in said, said
+        assert step_of(out / "last.pt") >= 0
+
+
 def test_a_read_only_dataset(go, folder, tmp_path):
     inside = [folder, *folder.rglob("*")]
     try:
@@ -341,7 +370,13 @@ train.main()
             60,
             "error: rank 0 lost contact with rank 1, which hangs",
         ),
-        ("os.kill(os.getpid(), signal.SIGKILL)", 60, "error: rank 0 lost contact with another"),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            60,
+            "error: rank 0 lost contact with another, which has ended: see its error, or "
+            "torchrun's summary; where memory ran out, --accumulate 2 and --recompute-head need "
+            "less",
+        ),
     ],
     ids=["broken", "hangs", "killed"],
 )

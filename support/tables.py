@@ -26,6 +26,6 @@ def format_result(result):
     classes = [["class", "IoU"]]
     for name in sorted(ious, key=ious.get, reverse=True):
         classes.append([name, ious[name] if ious[name] >= 0 else "no pixels"])
-    means = [["per cent", "name"]]
+    means = [["per cent", result["dataset"]]]
     means += [[TITLES[key], result[key]] for key in TITLES if result.get(key) is not None]
     return f"{format_table(classes)}\n\n{format_table(means)}"

@@ -3,6 +3,7 @@ processes."""
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -217,6 +218,7 @@ def test_two_processes_count_every_image_once(tiny, folder, tmp_path):
         (file,) = (tmp_path / str(processes)).iterdir()
         results.append(json.loads(file.read_text()))
         assert done.stdout.count("mIoU over classes with ground truth") == 1
+        assert re.search(r"per cent +\| folder:.*my d", done.stdout)
     assert results[0] == results[1] and results[0]["images"] == 3 and "unseen" in results[0]
 
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 from model import build  # noqa: E402
+from support import pictures  # noqa: E402
 
 
 @pytest.fixture
@@ -46,6 +47,12 @@ def folder(tmp_path):
             Image.fromarray(mask).save(root / "masks" / split / f"{i}.png")
     (root / "classes.txt").write_text("red thing\ngreen thing\nblue thing")
     return root
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Drawing curves takes a third of a small run; test_pictures and test_readme draw them."""
+    monkeypatch.setattr(pictures, "curves", lambda log, path: path.write_text("a plot"))
 
 
 @functools.cache

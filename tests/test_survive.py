@@ -60,7 +60,7 @@ def one_thread():
 
 
 @pytest.fixture
-def go(folder, tmp_path, monkeypatch, capsys):
+def go(folder, tmp_path, monkeypatch, capsys, no_plots):
     """Train in this process as from a shell: go(*flags) -> (exit status, what stderr says but for
     progress bars)."""
 
@@ -106,7 +106,7 @@ def step_of(path):
 
 
 def test_killed_runs_end_bit_for_bit_like_an_uninterrupted_one():
-    hits, ended, wrong = survive.kill(times=2, seed=2, steps=4, every=2, moments=("writing", "any"))
+    hits, ended, wrong = survive.kill(times=2, seed=2, steps=3, every=2, moments=("writing", "any"))
     assert not wrong and sum(hits.values()) == 2 and hits["while writing"], (hits, ended, wrong)
 
 
@@ -399,7 +399,7 @@ def test_one_of_two_processes_fails(folder, tmp_path, fate, seconds, words):
         processes=2,
         check=False,
         timeout=150,
-        fork=False,
+        fork="read_image" in fate,  # the others need torchrun
     )
     assert time.time() - happened.stat().st_mtime < seconds
     said = done.stderr.partition(
@@ -511,8 +511,8 @@ def test_what_is_no_checkpoint_is_refused_and_kept(go, tmp_path, kind):
 
 
 def test_files_broken_in_any_way_give_a_result_or_one_sentence():
-    done = run("tests/survive.py", "fuzz", "--count", "150", check=False, fork=False)
-    assert done.returncode == 0 and "150 files" in done.stdout, done.stdout + done.stderr[-2000:]
+    done = run("tests/survive.py", "fuzz", "--count", "100", check=False, fork=False)
+    assert done.returncode == 0 and "100 files" in done.stdout, done.stdout + done.stderr[-2000:]
 
 
 def test_a_picture_of_900_million_pixels_is_refused(folder):

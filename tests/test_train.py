@@ -45,7 +45,7 @@ FILES = {"last.pt", "log.jsonl", "results.json", "curves.png", "examples.png"}
 
 
 @pytest.fixture
-def go(folder, tmp_path, monkeypatch):
+def go(folder, tmp_path, monkeypatch, no_plots):
     """Train in this process: go("name", *flags) -> the checkpoint in tmp_path/name."""
 
     def go(name, *flags):

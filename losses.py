@@ -98,7 +98,7 @@ def contrast_mask(valid, labels, correct, ignore=-1):
     valid [B,K] from `class_prototypes`; labels [B,L]; correct bool [B,L]: `reference_mask` of the
     target patches. Returns bool [B,L].
     """
-    if not labels.is_cuda and ((labels < ignore) | (labels >= valid.shape[1])).any():
+    if labels.device.type == "cpu" and ((labels < ignore) | (labels >= valid.shape[1])).any():
         raise ValueError(f"labels should lie in {ignore}..{valid.shape[1] - 1}")  # no wait on a GPU
     return correct & (labels != ignore) & valid.gather(1, labels.clamp(min=0))
 
@@ -113,7 +113,7 @@ def cpa_loss(patches, prototypes, valid, labels, correct, tau, ignore=-1):
     Returns a scalar: the mean over Q in each image, then over the images whose Q is not empty; 0
     (with zero gradient) when all are. No gradient reaches the prototypes.
     """
-    if not labels.is_cuda and ((labels < ignore) | (labels >= valid.shape[1])).any():
+    if labels.device.type == "cpu" and ((labels < ignore) | (labels >= valid.shape[1])).any():
         raise ValueError(f"labels should lie in {ignore}..{valid.shape[1] - 1}")
     V = F.normalize(patches, dim=-1)
     P = F.normalize(prototypes.detach(), dim=-1)

@@ -276,8 +276,8 @@ def label_pictures(model, checkpoint, args):
 
     def label(path):
         image = read_image(path)
-        labels = label_map(model, image, text, sliding=sliding, zero_shot=args.zero_shot)
-        return image, labels.cpu().numpy()
+        pixel_labels = label_map(model, image, text, sliding=sliding, zero_shot=args.zero_shot)
+        return image, pixel_labels.cpu().numpy()
 
     return labelling.label_files(label, args, names)
 

@@ -40,9 +40,13 @@ def varied(dataset, count):
     """A Subset of images that show different things: of ten times as many, evenly spread, each one
     taken is that whose shares of classes are farthest from those of the ones before."""
     some = Subset(dataset, 10 * count)
-    label_maps = [some.load(i)[1] for i in range(len(some))]
-    shares = np.stack([np.bincount(labels[labels != IGNORE], minlength=len(dataset.evaluated))
-                       / labels.size for labels in label_maps])  # [n,K]
+    shares = []
+    for i in range(len(some)):
+        _, pixel_labels, _ = some.load(i)
+        known = pixel_labels[pixel_labels != IGNORE]
+        counts = np.bincount(known, minlength=len(dataset.evaluated))
+        shares.append(counts / pixel_labels.size)
+    shares = np.stack(shares)  # [n,K]
     taken = [0]
     while len(taken) < min(count, len(some)):
         apart = np.abs(shares[:, None] - shares[taken]).sum(-1).min(1)  # [n]
@@ -57,11 +61,11 @@ def views(model, dataset, desc="patches"):
     [1,3,S,S] and patch labels [1,L]."""
     device, size = model.logit_scale.device, model.image_size
     for i in tqdm(range(len(dataset)), desc, leave=False):
-        image, labels, _ = dataset.load(i)
+        image, pixel_labels, _ = dataset.load(i)
         view, _ = evaluate.views(image, size, sliding=False)
-        pixel_labels = torch.from_numpy(labels).float()[None, None]  # [1,1,H,W]
-        pixel_labels = F.interpolate(pixel_labels, (size, size), mode="nearest")[0].long()
-        yield image, labels, view.to(device), patch_labels(pixel_labels, model.grid).to(device)
+        small = torch.from_numpy(pixel_labels).float()[None, None]  # [1,1,H,W]
+        small = F.interpolate(small, (size, size), mode="nearest")[0].long()
+        yield image, pixel_labels, view.to(device), patch_labels(small, model.grid).to(device)
 
 
 def nearest_class(patches, text, count):
@@ -81,15 +85,15 @@ def example_sheet(model, original, original_text, momentum, dataset, sliding, co
         encoders["reference patches of\nthe momentum encoder"] = (momentum, text)
     encoders["patches that are right\nin the target CLIP"] = (model.encode_image, text)
     rows, label_maps = [], []
-    for image, labels, view, view_labels in views(model, varied(dataset, count)):
-        row = [image, drawing.paint(labels, names)]
+    for image, pixel_labels, view, view_labels in views(model, varied(dataset, count)):
+        row = [image, drawing.paint(pixel_labels, names)]
         for encode, texts in encoders.values():
             right = nearest_class(encode(view)[0], texts, len(names)) == view_labels
             row.append(drawing.highlight(image, right.reshape(model.grid).cpu().numpy()))
         prediction = evaluate.label_map(model, image, text, sliding=sliding)
         prediction = prediction.clamp(max=len(names) - 1).cpu().numpy()
         rows.append([*row, drawing.paint(prediction, names)])
-        label_maps += [labels, prediction]
+        label_maps += [pixel_labels, prediction]
     titles = ["picture", "ground truth", *encoders, "prediction"]
     return drawing.grid(titles, rows, drawing.legend_entries(names, *label_maps))
 

@@ -45,14 +45,14 @@ def label_files(label, args, names):
     wrong = []
     for stem, path in tqdm(stems.items(), "pictures", disable=len(stems) == 1):
         try:
-            image, labels = label(path)
+            image, pixel_labels = label(path)
         except UserError as e:
             wrong.append(f"error: {e}")
             continue
-        save(pictures.segmentation(image, labels, names), Path(f"{stem}.seg.png"))
+        save(pictures.segmentation(image, pixel_labels, names), Path(f"{stem}.seg.png"))
         if args.save_labels:
-            save(Image.fromarray(labels.astype(kind)), Path(f"{stem}.labels.png"))
-        found = [text for text, _ in pictures.legend_entries(names, labels, shares=True)]
+            save(Image.fromarray(pixel_labels.astype(kind)), Path(f"{stem}.labels.png"))
+        found = [text for text, _ in pictures.legend_entries(names, pixel_labels, shares=True)]
         tqdm.write(f"{stem}.seg.png: {', '.join(found)}")
     return wrong
 
@@ -70,8 +70,8 @@ class Keeper:
     def __call__(self, i, image, pixel_labels, prediction, path):
         file = f"{Path(path).stem}.png"
         if self.save_labels:
-            labels = prediction.astype(np.min_scalar_type(len(self.names) - 1))
-            save(Image.fromarray(labels), self.folder / "labels" / file)
+            pixel_labels = prediction.astype(np.min_scalar_type(len(self.names) - 1))
+            save(Image.fromarray(pixel_labels), self.folder / "labels" / file)
         if i in self.drawn:
             picture = pictures.comparison(image, pixel_labels, prediction, self.names)
             save(picture, self.folder / "pictures" / file)

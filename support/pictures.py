@@ -25,25 +25,25 @@ def colours(names):
     return palette
 
 
-def thin(labels):
+def thin(pixel_labels):
     """Labels [H,W] -> those that are drawn: of larger maps at most 8,000 a side."""
-    step = -(-max(labels.shape) // 8000)
-    return labels[::step, ::step]
+    step = -(-max(pixel_labels.shape) // 8000)
+    return pixel_labels[::step, ::step]
 
 
-def paint(labels, names):
+def paint(pixel_labels, names):
     """Labels [H,W] -> PIL image in the colours of the names; IGNORE is black."""
-    return Image.fromarray(colours(tuple(names))[thin(labels)])
+    return Image.fromarray(colours(tuple(names))[thin(pixel_labels)])
 
 
-def overlay(image, labels, names):
+def overlay(image, pixel_labels, names):
     """The picture in gray, its labels in colour over it, and white lines between them."""
-    labels = thin(labels)
-    gray = image.resize(labels.shape[::-1]).convert("L").convert("RGB")
-    drawn = np.array(Image.blend(gray, paint(labels, names), 0.55))
-    thick = 1 + labels.shape[1] // 1000
-    drawn[:-thick][labels[thick:] != labels[:-thick]] = 255
-    drawn[:, :-thick][labels[:, thick:] != labels[:, :-thick]] = 255
+    pixel_labels = thin(pixel_labels)
+    gray = image.resize(pixel_labels.shape[::-1]).convert("L").convert("RGB")
+    drawn = np.array(Image.blend(gray, paint(pixel_labels, names), 0.55))
+    thick = 1 + pixel_labels.shape[1] // 1000
+    drawn[:-thick][pixel_labels[thick:] != pixel_labels[:-thick]] = 255
+    drawn[:, :-thick][pixel_labels[:, thick:] != pixel_labels[:, :-thick]] = 255
     return Image.fromarray(drawn)
 
 
@@ -107,15 +107,16 @@ def samples(dataset, indices):
     """A sheet of pictures from a dataset, with their labels over them and alone."""
     names = dataset.evaluated
     items = [dataset.load(i)[:2] for i in indices]
-    rows = [[image, overlay(image, labels, names), paint(labels, names)] for image, labels in items]
-    entries = legend_entries(names, *(labels for _, labels in items))
+    rows = [[image, overlay(image, pixel_labels, names), paint(pixel_labels, names)]
+            for image, pixel_labels in items]
+    entries = legend_entries(names, *(pixel_labels for _, pixel_labels in items))
     return grid(["picture", "labels over it", "labels"], rows, entries, (288, 864))
 
 
-def comparison(image, labels, prediction, names):
+def comparison(image, pixel_labels, prediction, names):
     """A picture, its ground truth and its prediction beside each other."""
-    row = [image, overlay(image, labels, names), overlay(image, prediction, names)]
-    entries = legend_entries(names, labels, prediction)
+    row = [image, overlay(image, pixel_labels, names), overlay(image, prediction, names)]
+    entries = legend_entries(names, pixel_labels, prediction)
     return grid(["picture", "ground truth", "prediction"], [row], entries, (480, 1440))
 
 

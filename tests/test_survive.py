@@ -308,18 +308,17 @@ def test_ctrl_c_twice_ends_at_once(folder, tmp_path):
     """130, no crash and no traceback, and the checkpoint whole, whatever the second one hits."""
     out, words = tmp_path / "o", tmp_path / "words"
     flags = [*FAST, "--batch-size", "32", "--steps", "100000", "--eval-every", "0"]
-    for pause in (0.0, 0.05):
-        process = survive.start([*survive.command(folder, out), *flags], words)
-        while "training:" not in words.read_text():
-            assert process.poll() is None, words.read_text()
-            time.sleep(0.02)
-        for _ in range(2):
-            process.send_signal(signal.SIGINT)
-            time.sleep(pause)
-        status, said = process.wait(60), words.read_text()
-        assert status == 130, said
-        assert "Traceback" not in said and "stopped" in said, said
-        assert step_of(out / "last.pt") >= 0
+    process = survive.start([*survive.command(folder, out), *flags], words)
+    while "training:" not in words.read_text():
+        assert process.poll() is None, words.read_text()
+        time.sleep(0.02)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    status, said = process.wait(60), words.read_text()
+    assert status == 130, said
+    assert "Traceback" not in said and "stopped" in said, said
+    assert step_of(out / "last.pt") >= 0
 
 
 def test_a_read_only_dataset(go, folder, tmp_path):
@@ -511,8 +510,8 @@ def test_what_is_no_checkpoint_is_refused_and_kept(go, tmp_path, kind):
 
 
 def test_files_broken_in_any_way_give_a_result_or_one_sentence():
-    done = run("tests/survive.py", "fuzz", "--count", "100", check=False, fork=False)
-    assert done.returncode == 0 and "100 files" in done.stdout, done.stdout + done.stderr[-2000:]
+    done = run("tests/survive.py", "fuzz", "--count", "60", check=False, fork=False)
+    assert done.returncode == 0 and "60 files" in done.stdout, done.stdout + done.stderr[-2000:]
 
 
 def test_a_picture_of_900_million_pixels_is_refused(folder):

@@ -17,7 +17,7 @@ from PIL import Image
 import train
 from conftest import ROOT, run, visible
 from model import build
-from support import checkpoints, runs
+from support import runs
 from support.errors import UserError
 
 FAST = [

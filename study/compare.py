@@ -1,8 +1,10 @@
-"""The verbs that train: what each part of the method is worth, and what chance alone could do.
+"""Tables of trainings: what each part of the method is worth, and what chance alone could do.
 
-A run is a dict of figures, a row of the table is {seed: run}, the same seeds in every row. A seed
-is a toy world: another split of the names, other scenes, another CLIP, initialisation and order. On
-pictures seed i holds out the i-th of the lists given to --unseen."""
+A table is a file tables/NAME.txt: a line for each row, its name and, after a bar, flags of train.py.
+What follows a comma in a name is the row's setting; rows are compared with others of their setting.
+Every row has the same seeds. A seed is a toy world: another split of the names, other scenes,
+another CLIP, initialisation and order. On pictures seed i holds out the i-th list of --unseen.
+"""
 import contextlib
 import hashlib
 import json
@@ -21,41 +23,30 @@ from scipy import stats
 from tqdm import tqdm
 
 from data import open_dataset
-from sources import tiny_clip
 from study.measures import SHIFTS, in_words, pearson
 from support import pictures
 from support.errors import UserError
 from support.runs import Interruption, write_json
 from support.tables import format_table
 
-ZERO_SHOT, PLAIN, RPMD = "CLIP, zero-shot", "plain fine-tuning", "RPMD: + SPD + CPA + TPA"
-PARTS = {  # row of the table: flags of train.py
-    "head only": "--distill none --tpa-steps 0 --adapt none",
-    PLAIN: "--distill none --tpa-steps 0",
-    "+ TPA": "--distill none --tpa-steps 10",
-    "+ SPD": "--distill rpmd --tpa-steps 0 --lambda-cpa 0",
-    "+ CPA": "--distill rpmd --tpa-steps 0 --lambda-spd 0",
-    "+ SPD + CPA": "--distill rpmd --tpa-steps 0",
-    RPMD: "--distill rpmd --tpa-steps 10",
-    "RPMD, frozen teacher": "--distill frozen --tpa-steps 10",
-    "MAFT+'s pooled distillation": "--distill pooled --tpa-steps 0",
-    "plain, visual encoder only": "--distill none --tpa-steps 0 --adapt visual",
-    "plain, text encoder only": "--distill none --tpa-steps 0 --adapt text"}
-METHODS = (PLAIN, "RPMD, frozen teacher", RPMD)  # of the curve
-RATES = ("0.03", "0.1", "0.2", "0.5", "1")  # of CLIP, as a part of the head's
-RATE = " --clip-lr-factor 1"  # of the table: plain overfits
-SWEEP = {  # rates, and one more thing at a time
-    PLAIN: (*RATES, "0.1 --lr 0.005", "0.1 --steps 320", "0.1 --steps 320 --batch-size 4"),
-    "+ SPD + CPA": (
-        *RATES, "0.2 --steps 320", "0.2 --steps 320 --batch-size 4", "0.2 --lambda-spd 0.3",
-        "0.2 --lambda-spd 1", "0.5 --lambda-spd 0.3", "0.5 --lambda-spd 1", "0.2 --lambda-cpa 0.03",
-        "0.2 --lambda-cpa 0.3", "0.2 --tau 0.05", "0.2 --alpha 0.999",
-        "0.2 --spd-features raw --lambda-spd 0.01", "0.2 --tpa-steps 10 --tpa-lr 1e-4",
-        "0.2 --tpa-steps 10 --tpa-lr 5e-4")}
+TABLES = {path.stem: path for path in sorted(Path(__file__).with_name("tables").glob("*.txt"))}
+UNTRAINED = "untrained CLIP"
 METRICS = ("seen", "unseen", "harmonic")  # mIoU in per cent
 WORLD = {"--dataset", "--seed", "--unseen", "--out", "--restart"}  # flags that a run's seed decides
 ROOT = Path(__file__).parents[1]
 children = []  # processes that train, or have
+
+
+def read_table(verb):
+    """{row: flags of train.py} of a table."""
+    lines = TABLES[verb].read_text().splitlines()
+    rows = [line.split("|") for line in lines if "|" in line]
+    return {name.strip(): flags.strip() for name, flags in rows}
+
+
+def setting(row):
+    """What follows the comma in a row's name."""
+    return row.partition(", ")[2]
 
 
 def variant(flags, seed, args):
@@ -143,16 +134,26 @@ def figures(results, untrained=False):
 
 
 def interval(numbers):
-    """Of two numbers or more: mean, its 95 % interval by Student's t, standard deviation, ..."""
+    """Of two numbers or more: mean, its 95 % interval and p against 0 by Student's t, ..."""
     numbers = np.array(numbers, float)
     n, mean, sd = len(numbers), numbers.mean(), numbers.std(ddof=1)
-    half = stats.t.ppf(0.975, n - 1) * sd / np.sqrt(n)
-    return {"mean": mean, "low": mean - half, "high": mean + half, "sd": sd,
+    error = sd / np.sqrt(n)
+    half = stats.t.ppf(0.975, n - 1) * error
+    p = 2 * stats.t.sf(abs(mean) / error, n - 1) if error else float(mean == 0)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "p": p, "sd": sd,
             "above": (numbers > 0).sum(), "n": n, "each": numbers}
 
 
+def holm(p):
+    """Holm's correction of p values for their number."""
+    p = np.array(p, float)
+    order = p.argsort()
+    corrected = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(corrected, 1)[order.argsort()]
+
+
 def summarise(name, runs, base=None):
-    """A summary of a row's runs, paired by seed with those of the row base."""
+    """A summary of a row's runs {seed: run}, paired by seed with those of the row base."""
     summary = {"row": name, "seeds": runs}
     for seed, run in runs.items():
         if run["harmonic"] is None:
@@ -160,17 +161,15 @@ def summarise(name, runs, base=None):
                             "has ground truth to be scored on")
     for key in (*METRICS, "share_before", "share_after", "drift", *SHIFTS):
         summary[key] = interval([run[key] for run in runs.values()])
-    if base:
-        summary["against_plain"] = {
+    if base and base is not runs:
+        summary["against"] = {
             key: interval([run[key] - base[seed][key] for seed, run in runs.items()])
             for key in METRICS}
     return summary
 
 
-def compare(args, rows, against, start=None):
-    """Train every row {name: flags} with every seed. Returns their summaries; where `start` is a
-    row from whose runs the untrained CLIP is told, that comes first. against: {row: the one it is
-    paired with}. What can't be run is refused before anything is."""
+def check_arguments(args, rows):
+    """Refuses, before anything is run, what can't be."""
     fits = args.dataset.startswith("folder:") if args.unseen else args.dataset == "toy"
     if not fits:
         raise UserError(f"--dataset {args.dataset}: {args.verb} takes toy, or folder:PATH and "
@@ -186,15 +185,31 @@ def compare(args, rows, against, start=None):
     for word in args.further:
         if word.startswith("--") and word.partition("=")[0] in varied:
             raise UserError(f"{word} can't be given for all runs: it is what {args.verb} varies")
+
+
+def matching(words, rows, flag):
+    """The rows with one of the words in their name, in the table's order."""
+    for word in words:
+        if not any(word.casefold() in row.casefold() for row in rows):
+            raise UserError(f"{flag} {word}: no row has that in its name; they are "
+                            f"{'; '.join(rows)}")
+    return [row for row in rows if any(word.casefold() in row.casefold() for word in words)]
+
+
+def compare(args, rows):
+    """Train rows {name: flags} with every seed. Returns their summaries, after that of the untrained
+    CLIP. A row is paired with the first one of its setting that has args.against in its name."""
+    bases = {setting(row): row for row in reversed(matching([args.against], rows, "--against"))}
+    check_arguments(args, rows)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     # all seeds of the first row come first: they pre-train the CLIPs that the others find
     jobs = {(row, seed): variant(rows[row], seed, args) for row in rows for seed in seeds}
     results = dict(zip(jobs, train_all(jobs.values(), args)))
-    found = {row: {seed: figures(results[row, seed]) for seed in seeds} for row in rows}
-    if start:
-        of_clip = {seed: figures(results[start, seed], untrained=True) for seed in seeds}
-        found = {ZERO_SHOT: of_clip, **found}
-    return [summarise(row, runs, found.get(against.get(row))) for row, runs in found.items()]
+    first = next(iter(rows))
+    found = {UNTRAINED: {seed: figures(results[first, seed], untrained=True) for seed in seeds}}
+    for row in rows:
+        found[row] = {seed: figures(results[row, seed]) for seed in seeds}
+    return [summarise(row, runs, found.get(bases.get(setting(row)))) for row, runs in found.items()]
 
 
 def correlations(summaries):
@@ -205,123 +220,55 @@ def correlations(summaries):
             for within_seeds in (False, True)]
 
 
-def describe_correlations(summaries):
+def describe_correlations(summaries, where=""):
     """`correlations` as a sentence."""
     count = sum(len(s["seeds"]) for s in summaries)
     found, within_seeds = map(in_words, correlations(summaries))
-    return (f"Pearson correlation with unseen mIoU over {count} runs: {found}; "
+    return (f"Pearson correlation with unseen mIoU over {count} runs{where}: {found}; "
             f"within seeds: {within_seeds}.")
 
 
 def markdown(summaries):
     """The table."""
-    rows = [["", *METRICS, *(f"{key} − plain" for key in METRICS), "unseen better in",
-             "reference share", "drift"]]
+    rows = [["", *METRICS, *(f"difference, {key}" for key in METRICS), "p of harmonic, Holm",
+             "unseen better in", "reference share", "drift"]]
+    paired = [s["row"] for s in summaries if "against" in s]
+    p = dict(zip(paired, holm([s["against"]["harmonic"]["p"] for s in summaries if "against" in s])))
     for s in summaries:
         cells = [s["row"], *("{mean:.1f} ± {sd:.1f}".format(**s[key]) for key in METRICS)]
-        pairs = [""] * 4
-        if "against_plain" in s:
+        pairs = [""] * 5
+        if "against" in s:
             pairs = ["{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(**interval)
-                     for interval in s["against_plain"].values()]
-            pairs.append("{above} of {n}".format(**s["against_plain"]["unseen"]))
+                     for interval in s["against"].values()]
+            better = "{above} of {n}".format(**s["against"]["unseen"])
+            pairs += [f"{p[s['row']]:.3f}", better]
         share = f"{s['share_before']['mean']:.2f} → {s['share_after']['mean']:.2f}"
         rows.append([*cells, *pairs, share, f"{s['drift']['mean']:.3f}"])
     return format_table(rows)
 
 
-def write(args, summaries, text, points=None):
-    """VERB.md, printed too; VERB.jsonl, a run a line; VERB.png: differences, or of a curve's points
-    {method: [(rate, summary)]} the trade-off, and the table ends with each method's best."""
+def tabulate(args):
+    """Train the rows of a table and write NAME.md, printed too; NAME.jsonl, a run a line; NAME.png:
+    seen against unseen."""
+    rows = read_table(args.verb)
+    if args.rows:
+        wanted = matching([args.against], rows, "--against") + matching(args.rows, rows, "--rows")
+        rows = {row: flags for row, flags in rows.items() if row in wanted}
+    summaries = compare(args, rows)
+    trained = [s for s in summaries[1:] if "--adapt none" not in rows[s["row"]]]
+    text = [markdown(summaries), "", describe_correlations(trained)]
+    settings = dict.fromkeys(setting(s["row"]) for s in trained)
+    for one in settings if len(settings) > 1 else ():
+        some = [s for s in trained if setting(s["row"]) == one]
+        text.append(describe_correlations(some, f" at {one}"))
+    text += ["", "mIoU in per cent, mean ± standard deviation over seeds; mean paired difference to "
+             f"{args.against} (of the same setting) with its 95 % interval; share of reference "
+             "patches in training images before and after, of the teacher where there is one; drift "
+             "of reference patches in validation images, 1 − cos.", ""]
     md, jsonl, png = (Path(args.out, f"{args.verb}.{kind}") for kind in ("md", "jsonl", "png"))
-    table = summaries
-    if points:
-        table = [*summaries, *at_best_rates(points)]
-        pictures.trade_off(png, points, summaries[:2])
-    else:
-        paired = {s["row"]: s["against_plain"] for s in summaries if "against_plain" in s}
-        pictures.differences(png, {key: {row: pairs[key] for row, pairs in paired.items()}
-                                   for key in ("unseen", "seen")})
     lines = [json.dumps({"row": s["row"], "seed": seed, **run}) + "\n"
              for s in summaries for seed, run in s["seeds"].items()]
     jsonl.write_text("".join(lines))
-    text = (f"{markdown(table)}\n\n{text}\n\nmIoU in per cent, mean ± standard deviation over "
-            "seeds; [95 % interval of the mean paired difference]; share of reference patches in "
-            "training images before and after, of the teacher where there is one; drift of "
-            "reference patches in validation images, 1 − cos.\n")
-    md.write_text(text)
-    print(f"{text}\nwritten to {args.out}: {md.name}, {jsonl.name}, {png.name}")
-
-
-def at_rates(chosen):
-    """Rows for {method: learning rates of CLIP, with what else changes}."""
-    return {f"{name}, {rate}": f"{PARTS[name]} --clip-lr-factor {rate}"
-            for name, rates in chosen.items() for rate in rates}
-
-
-def ablate(args):
-    """Train each part of the method over many seeds."""
-    chosen = {PLAIN}
-    for word in args.rows or PARTS:
-        matching = {name for name in PARTS if word.casefold() in name.casefold()}
-        if not matching:
-            raise UserError(f"--rows {word}: no row has that in its name; they are "
-                            f"{', '.join(PARTS)}")
-        chosen |= matching
-    rate = RATE if args.dataset == "toy" else ""
-    rows = {name: flags + rate for name, flags in PARTS.items() if name in chosen}
-    against = dict.fromkeys({ZERO_SHOT, *rows} - {PLAIN}, PLAIN)
-    summaries = compare(args, rows, against, start=PLAIN)
-    write(args, summaries, describe_correlations(summaries[1:]))
-
-
-def spread(args):
-    """Train over seeds in one world, over splits with one CLIP, over both: what moves scores."""
-    first, clip = args.first_seed, shlex.quote(str(tiny_clip.clip_checkpoint(args.first_seed)))
-    origins = {"training seed": f" --dataset toy:{first}",
-               "split and scenes": f" --seed {first} --pretrained {clip}", "all, CLIP too": ""}
-    rows = {f"{name}, {origin}": PARTS[name] + RATE + flags
-            for origin, flags in origins.items() for name in (PLAIN, RPMD)}
-    against = {f"{RPMD}, {origin}": f"{PLAIN}, {origin}" for origin in origins}
-    summaries = compare(args, rows, against)
-    deviations = [f"{origin} {summary['against_plain']['unseen']['sd']:.1f}"
-                  for origin, summary in zip(origins, summaries[1::2])]
-    write(args, summaries, "Standard deviation of the difference on unseen classes, by what "
-                           f"differs between runs: {', '.join(deviations)}.")
-
-
-def sweep(args):
-    """Train what the tiny recipe was chosen from: rates, then one thing changed at a time."""
-    rows, plain = at_rates(SWEEP), f"{PLAIN}, 0.1"
-    summaries = compare(args, rows, dict.fromkeys(rows.keys() - {plain}, plain))
-    write(args, summaries, f"Differences are to {plain}.")
-
-
-def curve(args):
-    """Train over CLIP's learning rates: seen against unseen, and each method at its best rate."""
-    rows = {"head only": PARTS["head only"], **at_rates(dict.fromkeys(METHODS, RATES))}
-    against = {f"{name}, {rate}": f"{PLAIN}, {rate}" for name in METHODS[1:] for rate in RATES}
-    summaries = compare(args, rows, against, start="head only")
-    trained = summaries[2:]
-    text = [describe_correlations(trained)]
-    for i, rate in enumerate(RATES):
-        text.append(f"At a rate of {rate}: {describe_correlations(trained[i::len(RATES)])}")
-    points = {name: list(zip(RATES, trained[i * len(RATES):])) for i, name in enumerate(METHODS)}
-    write(args, summaries, "\n".join(text), points)
-
-
-def at_best_rates(points):
-    """Summaries of each method at the rate with the best mean harmonic mean, which flatters one
-    with several rates near its best, and at rates chosen for each seed on the other seeds, which
-    wrongs it. points: {method: [(rate, summary)]}."""
-    summaries, plain = [], {}
-    for name, curve in points.items():
-        rows = [summary for _, summary in curve]
-        harmonic = np.array([row["harmonic"]["each"] for row in rows])  # [rates,seeds]
-        best = np.full(harmonic.shape[1], harmonic.mean(1).argmax())
-        others = (harmonic.sum(1, keepdims=True) - harmonic).argmax(0)
-        for choice, rates in (("best rate", best), ("best rate on the other seeds", others)):
-            runs = {seed: rows[rate]["seeds"][seed] for seed, rate in zip(rows[0]["seeds"], rates)}
-            taken = ", ".join(RATES[rate] for rate in np.unique(rates))
-            summaries.append(summarise(f"{name}, {choice} ({taken})", runs, plain.get(choice)))
-            plain.setdefault(choice, runs)
-    return summaries
+    md.write_text("\n".join(text))
+    pictures.trade_off(png, summaries)
+    print(*text, f"written to {args.out}: {md.name}, {jsonl.name}, {png.name}", sep="\n")

@@ -1,5 +1,6 @@
 """Every picture the project draws. Nothing here computes a result."""
 import functools
+import itertools
 import textwrap
 import zlib
 
@@ -138,46 +139,28 @@ def save_plot(path, panels):
     figure.savefig(path, dpi=110)
 
 
-def differences(path, panels):
-    """Paired differences to plain fine-tuning: a dot per seed, their mean and its 95 % interval.
-    panels: {score: {row: what study.compare.interval gives}}."""
-    count = len(next(iter(panels.values())))
-    figure = Figure(figsize=(3 + 3.4 * len(panels), 1 + 0.36 * count), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for ax, (score, rows) in zip(axes, panels.items()):
-        for row, value in rows.items():
-            ax.plot(value["each"], [row] * value["n"], "o", color="tab:gray", ms=4, alpha=0.5)
-            x = [value["low"], value["mean"], value["high"]]
-            ax.plot(x, [row] * 3, "D-", color="tab:blue", lw=2, ms=5, markevery=[1])
-        ax.axvline(0, color="black", lw=0.8)
-        ax.set_xlabel(f"mIoU on {score} classes, minus plain fine-tuning's")
-        ax.grid(alpha=0.3, axis="x")
-    ax.invert_yaxis()  # of all: they share it
-    figure.savefig(path, dpi=110)
-
-
-def trade_off(path, methods, starts):
-    """Seen against unseen mIoU: a curve for each method, {name: [(rate, row)]}, of the same rates
-    and seeds, and rows without a rate; a row is what study.compare.summarise gives."""
-    scores = np.array([[[(run["seen"], run["unseen"]) for run in row["seeds"].values()]
-                        for _, row in points] for points in methods.values()])
-    own = scores - scores.mean((0, 1))  # worlds differ in what they allow, equally for all methods
-    seeds = scores.shape[2]  # of [methods,rates,seeds,2]
-    errors = own.std(2, ddof=min(1, seeds - 1)) / seeds ** 0.5  # [methods,rates,2]
+def trade_off(path, summaries):
+    """Seen against unseen mIoU of rows with the same seeds, those that differ only in their setting
+    joined by a line. summaries: what study.compare.summarise gives."""
+    scores = np.array([[row[key]["each"] for key in ("seen", "unseen")] for row in summaries])
+    own = scores - scores.mean(0)  # [rows,2,seeds]: worlds differ in what they allow, alike for all
+    errors = own.std(2, ddof=1) / scores.shape[2] ** 0.5
+    lines = {}
+    for row, mean, error in zip(summaries, scores.mean(2), errors):
+        method, _, setting = row["row"].partition(", ")
+        lines.setdefault(method, []).append((setting, *mean, *error))
     ax = Figure(figsize=(7, 5.2), layout="constrained").subplots()
-    looks = (("o-", (-20, 5)), ("s--", (5, 5)), ("D-", (5, -11)))
-    for name, mean, error, (style, place) in zip(methods, scores.mean(2), errors, looks):
-        line, *_ = ax.errorbar(*mean.T, *error.T[::-1], fmt=style, label=name, elinewidth=0.7)
-        for (rate, _), at in zip(methods[name], mean):
-            ax.annotate(rate, at, place, textcoords="offset points", fontsize=8,
+    for (method, points), marker in zip(lines.items(), itertools.cycle("*Pos^Dv")):
+        settings, x, y, x_error, y_error = zip(*points)
+        line, *_ = ax.errorbar(x, y, y_error, x_error, f"{marker}-", label=method, elinewidth=0.7)
+        for name, *at in zip(settings, x, y):
+            ax.annotate(name, at, (5, 5), textcoords="offset points", fontsize=8,
                         color=line.get_color(), bbox=dict(pad=0.8, fc="white", lw=0, alpha=0.7))
-    for row, marker in zip(starts, ("k*", "kP")):
-        ax.plot(row["seen"]["mean"], row["unseen"]["mean"], marker, ms=9, label=row["row"])
     ax.set(xlabel="mIoU on seen classes, %", ylabel="mIoU on unseen classes, %")
-    ax.set_title("by learning rate of CLIP, as a part of the head's; bars: one standard error\n"
-                 "over seeds, after a seed's mean over all points is taken off", fontsize=9)
+    ax.set_title("bars: one standard error over seeds, after a seed's mean over all points\n"
+                 "is taken off", fontsize=9)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, loc="lower right")
+    ax.legend(fontsize=8)
     ax.figure.savefig(path, dpi=110)
 
 

@@ -8,6 +8,7 @@ import pytest
 import data
 import train
 from sources import check
+from study import compare
 from study.__main__ import parse as parse_study
 from support import flags
 from support.command_line import parse_evaluation
@@ -30,10 +31,7 @@ COMMANDS = {
     "check": (parse_check, ["toy"]),
     "study pictures": (parse_study, ["pictures", "--checkpoint", "x"]),
     "study shift": (parse_study, ["shift", "--checkpoints", "x"]),
-    "study ablate": (parse_study, ["ablate"]),
-    "study curve": (parse_study, ["curve"]),
-    "study spread": (parse_study, ["spread"]),
-    "study sweep": (parse_study, ["sweep"]),
+    **{f"study {table}": (parse_study, [table]) for table in compare.TABLES},
 }
 
 

@@ -60,7 +60,7 @@ def test_interval_by_hand():
 def test_rows_are_paired_by_seed():
     base = {seed: compare.figures(results(seed)) for seed in (3, 1, 2)}
     row = summary("a", {1: 1.0, 2: -1.0, 3: 3.0}, base)
-    apart = row["against_plain"]
+    apart = row["against"]
     assert list(apart["seen"]["each"]) == [1, -1, 3] and apart["harmonic"]["above"] == 1
     assert list(apart["unseen"]["each"]) == [2, -2, 6]
     assert row["seen"]["mean"] == pytest.approx(53)
@@ -71,7 +71,7 @@ def test_rows_are_paired_by_seed():
     assert "| +1.0 [-4.0, +6.0] |" in table and "2 of 3" in table and "0.50 → 0.75" in table
     start = {seed: compare.figures(results(seed, gain=9.0), untrained=True) for seed in base}
     start = compare.summarise("zero-shot", start, base)
-    assert start["against_plain"]["unseen"]["mean"] == 0
+    assert start["against"]["unseen"]["mean"] == 0
     assert start["share_after"]["mean"] == 0.5 and start["drift"]["mean"] == 0
     base[1]["unseen"] = base[1]["harmonic"] = None
     with pytest.raises(UserError, match="a, seed 1: none of the seen, or none of the unseen names"):
@@ -104,7 +104,8 @@ def test_correlations():
 
 def arguments(tmp_path, **more):
     usual = dict(verb="ablate", dataset="toy", unseen=None, seeds=3, first_seed=5, jobs=2)
-    return SimpleNamespace(**{**usual, "rows": None, "further": [], "out": str(tmp_path), **more})
+    usual |= dict(rows=None, against="plain", further=[], out=str(tmp_path))
+    return SimpleNamespace(**{**usual, **more})
 
 
 def in_place_of_train(monkeypatch, make):
@@ -135,24 +136,24 @@ def test_every_row_has_the_same_seeds_and_runs_are_made_once(tmp_path, monkeypat
     in_place_of_train(monkeypatch, make)
     monkeypatch.setattr(compare, "code", lambda: version[0])
     rows = {"plain": "--distill none", "rpmd": "--distill rpmd --clip-lr-factor 0.1"}
-    found = compare.compare(arguments(tmp_path, jobs=3), rows, {"rpmd": "plain"}, start="plain")
+    found = compare.compare(arguments(tmp_path, jobs=3), rows)
     assert sorted(made) == [(d, s, f"toy:{s}") for d in ("none", "rpmd") for s in (5, 6, 7)]
-    assert [row["row"] for row in found] == ["CLIP, zero-shot", "plain", "rpmd"]
+    assert [row["row"] for row in found] == ["untrained CLIP", "plain", "rpmd"]
     assert [list(row["seeds"]) for row in found] == [[5, 6, 7]] * 3, "in order"
     assert found[1]["seeds"][6]["unseen"] == results(6)["trained"]["unseen"]
-    assert ["against_plain" in row for row in found] == [False, False, True]
+    assert ["against" in row for row in found] == [True, False, True]
     made.clear()
-    compare.compare(arguments(tmp_path, seeds=4), rows, {})
+    compare.compare(arguments(tmp_path, seeds=4), rows)
     assert sorted(made) == [("none", 8, "toy:8"), ("rpmd", 8, "toy:8")]
     made.clear()
     assert "another version" not in capsys.readouterr().out
     (tmp_path / "runs/distill-none/seed-6/results.json").write_text("{")  # cut off
     version[0] = "two"
-    compare.compare(arguments(tmp_path), rows, {})
+    compare.compare(arguments(tmp_path), rows)
     assert made == [("none", 6, "toy:6")] and "another version" in capsys.readouterr().out
     made.clear()
-    compare.compare(arguments(tmp_path, jobs=1, further=["--steps", "7"]), rows, {})
-    compare.compare(arguments(tmp_path), rows, {})
+    compare.compare(arguments(tmp_path, jobs=1, further=["--steps", "7"]), rows)
+    compare.compare(arguments(tmp_path), rows)
     assert len(made) == 6, "other flags, other runs, beside the first ones"
     assert [run[1] for run in made] == [5, 6, 7] * 2, "a seed's CLIP is made by one run"
 
@@ -186,7 +187,7 @@ def test_a_seed_decides_the_world_unless_the_row_does(tmp_path):
 )
 def test_what_cant_be_run_is_refused(tmp_path, wrong, sentence):
     with pytest.raises(UserError, match=sentence):
-        compare.compare(arguments(tmp_path, **wrong), {"plain": "--distill none"}, {})
+        compare.compare(arguments(tmp_path, **wrong), {"plain": "--distill none"})
 
 
 def test_lists_that_do_not_fit_are_refused(tmp_path, folder):
@@ -196,12 +197,12 @@ def test_lists_that_do_not_fit_are_refused(tmp_path, folder):
     ):
         with pytest.raises(UserError, match=sentence):
             args = arguments(tmp_path, dataset=f"folder:{folder}", unseen=lists)
-            compare.compare(args, {"plain": "--distill none"}, {})
+            compare.compare(args, {"plain": "--distill none"})
 
 
 def test_rows_that_match_nothing(tmp_path):
-    with pytest.raises(UserError, match="--rows tap: no row has .* they are head only, plain fine"):
-        compare.ablate(arguments(tmp_path, rows=["frozen", "tap"]))
+    with pytest.raises(UserError, match="--rows tap: no row has .* they are plain fine-tuning; "):
+        compare.tabulate(arguments(tmp_path, rows=["frozen", "tap"]))
 
 
 class Forked:
@@ -229,22 +230,22 @@ def test_pictures_end_to_end(tmp_path, folder, capsys, monkeypatch):
     more = dict(
         dataset=f"folder:{folder}", unseen=lists, seeds=2, first_seed=1, further=further, jobs=1
     )
-    args = arguments(tmp_path, rows=["plain fine"], **more)
-    flags, blocked = compare.variant(compare.PARTS["plain fine-tuning"], 1, args)
+    args = arguments(tmp_path, rows=["plain fine-tuning"], **more)
+    flags, blocked = compare.variant(compare.read_table("ablate")["plain fine-tuning"], 1, args)
     (blocked / ".lock").mkdir(parents=True)  # where a file should go
     with pytest.raises(UserError, match="1 of 2 runs failed; the same command tries") as refused:
-        compare.ablate(args)
+        compare.tabulate(args)
     assert re.search("exit status 1, .* error: .*seed-1 can't be written to", str(refused.value))
     assert not (tmp_path / "ablate.md").exists()
     [other] = tmp_path.rglob("results.json")
     before = other.stat().st_mtime
 
     (blocked / ".lock").rmdir()
-    compare.ablate(args)
+    compare.tabulate(args)
     assert (tmp_path / "ablate.md").read_text().strip() in capsys.readouterr().out
     assert (tmp_path / "ablate.png").stat().st_size > 5000 and not list(tmp_path.rglob("last.pt"))
     lines = [json.loads(line) for line in (tmp_path / "ablate.jsonl").read_text().splitlines()]
-    rows = ["CLIP, zero-shot", "plain fine-tuning"]
+    rows = ["untrained CLIP", "plain fine-tuning"]
     assert [(line["row"], line["seed"]) for line in lines] == [(r, s) for r in rows for s in (1, 2)]
     made_later = lines[2]
     assert [line["flags"][line["flags"].index("--unseen") + 1] for line in lines] == lists * 2
@@ -312,97 +313,79 @@ def made_up(monkeypatch, trained):
     in_place_of_train(monkeypatch, make)
 
 
-def curve_points(monkeypatch, tmp_path):
-    """The summaries that `curve` would draw: {method: [(rate, summary)]}."""
-    found = {}
-    monkeypatch.setattr(compare.pictures, "trade_off", lambda _, points, __: found.update(points))
-    compare.curve(arguments(tmp_path, verb="curve", first_seed=1))
-    return found
+TABLE = """What is made up.
+
+plain, slow         | --distill none --clip-lr-factor 0.1
+plain, fast         | --distill none --clip-lr-factor 1
+head only           | --distill none --adapt none --tpa-steps 0
+ours, slow          | --distill rpmd --clip-lr-factor 0.1
+ours, fast          | --distill rpmd --clip-lr-factor 1
+"""
 
 
-def test_curve_compares_best_with_best(tmp_path, monkeypatch):
-    """Made-up scores that peak at another rate for every method: the differences are those of the
-    peaks, seed by seed."""
-    peak = {"none": 1, "frozen": 2, "rpmd": 3}
-
-    def trained(args):
-        off = compare.RATES.index(f"{args.clip_lr_factor:g}") - peak[args.distill]
-        gain = 2 + 0.5 * args.seed if args.distill == "rpmd" else 0
-        return 50.0 + args.seed - off**2 + gain
-
-    made_up(monkeypatch, trained)
-    compare.curve(arguments(tmp_path, verb="curve", first_seed=1))
-    text = (tmp_path / "curve.md").read_text()
-    assert (tmp_path / "curve.png").stat().st_size > 5000
-    assert len((tmp_path / "curve.jsonl").read_text().splitlines()) == 17 * 3
-    for name, rate in zip(compare.METHODS, ("0.1", "0.2", "0.5")):
-        assert f"| {name}, best rate ({rate}) " in text
-    assert text.count("At a rate of") == 5 and "over 45 runs" in text
-    chosen = compare.at_best_rates(curve_points(monkeypatch, tmp_path))
-    assert len(chosen) == 6
-    for row in chosen:
-        if "against_plain" in row:
-            each = list(row["against_plain"]["harmonic"]["each"])
-            assert each == ([2.5, 3.0, 3.5] if row["row"].startswith("RPMD:") else [0, 0, 0])
-        else:
-            assert row["row"].startswith(compare.PLAIN)
+@pytest.fixture
+def made_up_table(tmp_path, monkeypatch):
+    path = tmp_path / "made_up.txt"
+    path.write_text(TABLE)
+    monkeypatch.setitem(compare.TABLES, "made_up", path)
+    return arguments(tmp_path, verb="made_up")
 
 
-def test_luck_at_one_rate_is_no_gain(tmp_path, monkeypatch):
-    """Every method is as good at every rate, but for one seed's luck at one of them: it counts
-    among the best over all seeds, and not where that seed's rate is chosen without it."""
+def test_a_row_is_paired_with_one_of_its_setting(made_up_table, tmp_path, monkeypatch):
+    """Plain fine-tuning loses 20 where it is fast, the other 8 of it, and wins 3 to 5 by seed
+    where it is slow."""
 
     def trained(args):
-        lucky = args.distill == "rpmd" and args.seed == 2 and args.clip_lr_factor == 1
-        return 59.0 if lucky else 50.0
+        gain = args.seed - 2 if args.distill == "rpmd" else 0
+        fast = args.clip_lr_factor == 1
+        return 50.0 - (20 if fast else 0) + gain + (8 if fast and args.distill == "rpmd" else 0)
 
     made_up(monkeypatch, trained)
-    rows = compare.at_best_rates(curve_points(monkeypatch, tmp_path))[-2:]
-    assert [list(row["against_plain"]["harmonic"]["each"]) for row in rows] == [[0, 9, 0], [0] * 3]
-    assert rows[0]["row"] == f"{compare.RPMD}, best rate (1)"
-    assert rows[1]["row"] == f"{compare.RPMD}, best rate on the other seeds (0.03, 1)"
+    compare.tabulate(made_up_table)
+    text = (tmp_path / "made_up.md").read_text()
+    assert (tmp_path / "made_up.png").stat().st_size > 5000
+    table = text.partition("\n\n")[0].splitlines()[2:]
+    lines = {line.split("|")[1].strip(): line for line in table}
+    assert list(lines) == ["untrained CLIP", *compare.read_table("made_up")]
+    assert lines["ours, slow"].count("+4.0 [+1.5, +6.5]") == 3
+    assert lines["ours, fast"].count("+12.0 [+9.5, +14.5]") == 3
+    for row in ("untrained CLIP", "plain, slow", "plain, fast", "head only"):
+        assert "[" not in lines[row], row
+    assert "over 12 runs:" in text and "over 6 runs at fast:" in text and "at head" not in text
+    assert len((tmp_path / "made_up.jsonl").read_text().splitlines()) == 6 * 3
 
 
-def test_spread_and_sweep(tmp_path, monkeypatch):
-    clip = tmp_path / "with space" / "clip.pt"
-    monkeypatch.setattr(compare.tiny_clip, "clip_checkpoint", lambda seed: clip)
-    seen = []
-
-    def trained(args):
-        seen.append((args.dataset, args.seed, args.pretrained))
-        if args.distill == "none":
-            return 30.0
-        return 30.0 + args.seed + (4 if args.dataset == "toy:2" else 0)
-
-    made_up(monkeypatch, trained)
-    compare.spread(arguments(tmp_path, verb="spread", first_seed=1))
-    expected = [("toy:1", seed, "toy") for seed in (1, 2, 3)]
-    expected += [(f"toy:{world}", 1, str(clip)) for world in (1, 2, 3)]
-    expected += [(f"toy:{seed}", seed, "toy") for seed in (1, 2, 3)]
-    assert set(seen) == set(expected)
-    text = (tmp_path / "spread.md").read_text()
-    deviations = [np.std(gains, ddof=1) for gains in ([1, 2, 3], [1, 5, 1], [1, 6, 3])]
-    expected = "training seed {:.1f}, split and scenes {:.1f}, all, CLIP too {:.1f}."
-    assert expected.format(*deviations) in text
-    compare.sweep(arguments(tmp_path, verb="sweep"))
-    first, *others = (tmp_path / "sweep.md").read_text().splitlines()[2:28]
-    plain = [line for line in (first, *others) if " of 3 |" not in line]
-    assert [line.split("|")[1].strip() for line in plain] == ["plain fine-tuning, 0.1"]
-    assert "| +6.0 [+3.5, +8.5] |" in others[-1]
-    assert (tmp_path / "sweep.png").stat().st_size > 5000
+def test_differences_to_another_row(made_up_table, tmp_path, monkeypatch):
+    made_up(monkeypatch, lambda args: 50.0 + (args.seed if args.distill == "rpmd" else 0))
+    made_up_table.against, made_up_table.rows = "ours", ["slow"]
+    compare.tabulate(made_up_table)
+    text = (tmp_path / "made_up.md").read_text()
+    assert "| plain, slow " in text and "-6.0 [-8.5, -3.5]" in text and "head only" not in text
+    made_up_table.against = "theirs"
+    with pytest.raises(UserError, match="--against theirs: no row has that in its name"):
+        compare.tabulate(made_up_table)
 
 
-def test_every_row_has_flags_that_train_takes_and_a_folder_of_its_own(tmp_path):
-    """Also with the rate of the table, whose runs the curve finds again."""
-    args = arguments(tmp_path)
-    table = [flags + compare.RATE for flags in compare.PARTS.values()]
-    rows = [*table, *compare.at_rates(compare.SWEEP).values()]
-    made = [compare.variant(flags, 1, args) for flags in rows]
-    for flags, _ in made:
+def test_p_values_by_hand():
+    """t = 2 / (2 / sqrt 3) = 1.732 of 2 degrees of freedom; Holm's correction of 4 p values as in
+    a table: times 4, 3, 2, 1 in their order, and never below one before."""
+    assert compare.interval([0, 2, 4])["p"] == pytest.approx(0.2254, abs=1e-4)
+    assert compare.interval([1, 1])["p"] == 0 and compare.interval([0, 0])["p"] == 1
+    corrected = compare.holm([0.04, 0.01, 0.03, 0.005])
+    assert list(corrected) == pytest.approx([0.06, 0.03, 0.06, 0.02])
+    assert list(compare.holm([0.9, 0.8])) == [1, 1]
+
+
+@pytest.mark.parametrize("verb", compare.TABLES)
+def test_every_row_has_flags_that_train_takes_and_a_folder_of_its_own(tmp_path, verb):
+    rows = compare.read_table(verb)
+    made = [compare.variant(flags, 1, arguments(tmp_path)) for flags in rows.values()]
+    for flags, out in made:
         train.parse(flags)
-    assert len({out for _, out in made}) == len(set(rows))
-    curve = compare.at_rates(dict.fromkeys(compare.METHODS, compare.RATES)).values()
-    assert len(set(table) & set(curve)) == len(compare.METHODS)
+        assert len(out.parent.name) < 200
+    assert len({out for _, out in made}) == len(rows) > 3
+    assert compare.TABLES[verb].read_text().splitlines()[0].endswith(".")
+    assert compare.matching(["plain fine-tuning"], rows, "--against")
 
 
 def test_a_stopped_comparison_leaves_no_run_behind(tmp_path, folder):

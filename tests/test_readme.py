@@ -82,7 +82,7 @@ def test_the_method_is_as_long_as_the_readme_says():
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_that_is_named_exists(page):
     for file in re.findall(r"(?<![\w/*.-])((?:\w+/)*\w+\.(?:py|md))\b", PAGES[page]):
-        if file != "VERB.md":
+        if file != "NAME.md":
             assert (ROOT / file).is_file() or (ROOT / page).with_name(file).is_file(), file
     for file in re.findall(r"sources/classes/[\w-]+\.txt", PAGES[page]):
         assert file.endswith("/NAME.txt") or (ROOT / file).is_file(), file

@@ -195,8 +195,8 @@ def test_what_cant_be_read_or_written_is_a_sentence(tiny, tmp_path):
         ("shift --checkpoints a --images -1", "--images"),
         ("pictures --checkpoint a --images x", "--images"),
         ("ablate --seeds 0", "--seeds"),
-        ("curve --jobs 0", "--jobs"),
-        ("sweep --first-seed -1", "--first-seed"),
+        ("ablate --jobs 0", "--jobs"),
+        ("ablate --first-seed -1", "--first-seed"),
         ("shift --checkpoints a --steps 3", "--steps"),
     ],
 )
@@ -207,8 +207,8 @@ def test_flags_that_make_no_sense_are_refused(command, flag, capsys):
 
 
 def test_flags_of_train_are_passed_on():
-    args = parse(["sweep", "--seeds", "4", "--steps", "7", "--lr=0.1"])
-    assert (args.seeds, args.first_seed, args.dataset) == (4, 101, "toy")
+    args = parse(["ablate", "--seeds", "4", "--steps", "7", "--lr=0.1"])
+    assert (args.seeds, args.first_seed, args.dataset) == (4, 1, "toy")
     assert args.further == ["--steps", "7", "--lr=0.1"]
 
 

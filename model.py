@@ -63,19 +63,25 @@ class Attention(nn.Module):
         return self.out_proj(F.linear(x, self.v_proj_weight, v_bias))
 
 
-def mlp(up, activation, down, x):
-    """down(activation(up(x))). The activation is not kept for the backward pass but computed again:
-    half of a block's memory, for next to no work."""
-    def rest(hidden, weight, bias):
-        return F.linear(activation(hidden), weight, bias)
+def lean(operation, cheap, x, *parameters):
+    """operation(cheap(x), *parameters). What cheap gives is not kept for the backward pass but
+    computed again: operation alone is costly, and is not repeated."""
+    def both(x, *parameters):
+        return operation(cheap(x), *parameters)
 
-    return checkpoint(rest, up(x), down.weight, down.bias, use_reentrant=False)
+    return checkpoint(both, x, *parameters, use_reentrant=False, preserve_rng_state=False)
+
+
+def mlp(norm, up, activation, down, x):
+    """down(activation(up(norm(x)))), in half of the memory of a transformer's block."""
+    x = lean(F.linear, norm, x, up.weight, up.bias)
+    return lean(F.linear, activation, x, down.weight, down.bias)
 
 
 def run_block(block, x, causal=False):
     """One residual block of open_clip's transformer whose attention is ours. x [B,n,width]."""
     x = x + block.ls_1(block.attn(block.ln_1(x), causal))
-    return x + block.ls_2(mlp(*block.mlp, block.ln_2(x)))
+    return x + block.ls_2(mlp(block.ln_2, *block.mlp, x))
 
 
 def run_dense_block(block, x, class_token_residual):
@@ -87,7 +93,7 @@ def run_dense_block(block, x, class_token_residual):
     """
     residual = x[:, :1] if class_token_residual else x
     x = residual + block.ls_1(block.attn.value(block.ln_1(x)))
-    return x + block.ls_2(mlp(*block.mlp, block.ln_2(x)))
+    return x + block.ls_2(mlp(block.ln_2, *block.mlp, x))
 
 
 class ImageEncoder(nn.Module):
@@ -196,44 +202,49 @@ class SwinBlock(nn.Module):
 
     def forward(self, x, guidance):
         """x [B,K,H,W,C], guidance [B,1,H,W,C] -> [B,K,H,W,C]."""
-        y = self.norm1(x)
-        q = self.to_windows(linear_split(self.q, y, guidance))
-        k = self.to_windows(linear_split(self.k, y, guidance))
-        v = self.to_windows(self.v(y))  # [B*K,windows*heads,w*w,C/heads]
+        y = self.to_windows(self.norm1(x))
+        guidance = self.to_windows(guidance)
+        q = self.split_heads(linear_split(self.q, y, guidance))
+        k = self.split_heads(linear_split(self.k, y, guidance))
+        v = self.split_heads(self.v(y))  # [B*K*windows,heads,w*w,C/heads]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(x))
-        x = x + self.proj(self.from_windows(y, x.shape))
-        return x + mlp(*self.mlp, self.norm2(x))
+        y = self.proj(y.transpose(1, 2).flatten(2))
+        x = x + self.from_windows(y, x.shape)
+        return x + mlp(self.norm2, *self.mlp, x)
 
     def to_windows(self, x):
-        """[B,K,H,W,C] -> [B*K,windows*heads,w*w,C/heads], rolled by the shift."""
+        """[B,K,H,W,C] -> [B,K,windows,w*w,C], rolled by the shift."""
         B, K, H, W, C = x.shape
         w = self.window
         if self.shift_size:
             x = x.roll((-self.shift_size, -self.shift_size), (2, 3))
-        x = x.reshape(B * K, H // w, w, W // w, w, self.heads, C // self.heads)
-        return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(B * K, -1, w * w, C // self.heads)
+        x = x.reshape(B, K, H // w, w, W // w, w, C).transpose(3, 4)
+        return x.reshape(B, K, -1, w * w, C)
 
     def from_windows(self, x, shape):
-        """The inverse of `to_windows`; shape: (B, K, H, W, C)."""
-        B, K, H, W, _ = shape
+        """The inverse of `to_windows`, for x of any shape; shape: (B, K, H, W, C)."""
+        B, K, H, W, C = shape
         w = self.window
-        x = x.reshape(B * K, H // w, W // w, self.heads, w, w, -1)
-        x = x.permute(0, 1, 4, 2, 5, 3, 6).reshape(shape)
+        x = x.reshape(B, K, H // w, W // w, w, w, C).transpose(3, 4).reshape(shape)
         if self.shift_size:
             x = x.roll((self.shift_size, self.shift_size), (2, 3))
         return x
 
+    def split_heads(self, x):
+        """[B,K,windows,w*w,C] -> [B*K*windows,heads,w*w,C/heads], a view."""
+        return x.flatten(0, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
     def mask(self, x):
-        """-100 between positions that only the roll made neighbours [1,windows*heads,w*w,w*w]."""
+        """-100 between positions that only the roll made neighbours: [B*K*windows,1,w*w,w*w]."""
         if not self.shift_size:
             return None
-        H, W = x.shape[2:4]
+        B, K, H, W = x.shape[:4]
         rows = (torch.arange(H, device=x.device) < self.shift_size).int()  # 1: rolled far away
         columns = (torch.arange(W, device=x.device) < self.shift_size).int()
         region = (2 * rows[:, None] + columns)[None, None, :, :, None]  # [1,1,H,W,1]
-        region = region.expand(-1, -1, -1, -1, self.heads)  # [1,1,H,W,heads]
-        region = self.to_windows(region)  # [1,windows*heads,w*w,1]
-        return -100.0 * (region != region.transpose(2, 3)).to(x.dtype)
+        region = self.to_windows(region)[0, 0]  # [windows,w*w,1]
+        mask = -100.0 * (region != region.transpose(1, 2)).to(x.dtype)
+        return mask.repeat(B * K, 1, 1)[:, None]
 
 
 class SpatialAggregation(nn.Module):
@@ -274,7 +285,7 @@ class ClassAggregation(nn.Module):
         if self.training:
             y = y.reshape(B, K, H // 2, 2, W // 2, 2, C).mean((3, 5))  # [B,K,H/2,W/2,C]
         y = y + self.attend(self.norm1(y), guidance)
-        y = y + mlp(*self.mlp, self.norm2(y))
+        y = y + mlp(self.norm2, *self.mlp, y)
         if self.training:
             y = y.flatten(0, 1).permute(0, 3, 1, 2)  # [B*K,C,H/2,W/2]
             y = F.interpolate(y, (H, W), mode="bilinear", align_corners=True)
@@ -324,8 +335,11 @@ class Upsample(nn.Module):
 
     def forward(self, x, guidance):
         """x [B*K,c_in,h,w], guidance [B,c_guidance,2h,2w] -> [B*K,c_out,2h,2w]."""
-        x = F.relu(self.norm1(self.up_and_conv1(x, guidance)), inplace=True)
-        return F.relu(self.norm2(self.conv2(x)), inplace=True)
+        x = lean(self.conv2, self.activate, self.up_and_conv1(x, guidance))
+        return F.relu(self.norm2(x), inplace=True)
+
+    def activate(self, x):
+        return F.relu(self.norm1(x), inplace=True)
 
     def up_and_conv1(self, x, guidance):
         """conv1(cat([up(x), guidance], 1)), with guidance repeated for each of the K classes.

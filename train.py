@@ -39,8 +39,8 @@ from tpa import pre_align
 # The paper states no numbers. "ours": chosen here, for the tiny CLIP by measurement.
 CAT_SEG, MAFT, OURS = "CAT-Seg's", "MAFT+'s", "ours"
 RECIPE = {  # flag: default with a real CLIP, with --clip tiny, what it may be, whose, help
-    "steps": (80_000, 160, positive_int, CAT_SEG, "optimiser steps of joint training"),
-    "batch-size": (4, 8, positive_int, CAT_SEG, "images per step, over all processes"),
+    "steps": (80_000, 320, positive_int, CAT_SEG, "optimiser steps of joint training"),
+    "batch-size": (4, 4, positive_int, CAT_SEG, "images per step, over all processes"),
     "lr": (2e-4, 2.5e-3, positive, CAT_SEG, "learning rate of the head"),
     "clip-lr-factor": (0.01, 0.2, non_negative, CAT_SEG, "of CLIP's q and v, as a part of --lr"),
     "weight-decay": (1e-4, 1e-4, non_negative, CAT_SEG, "of AdamW, 0 on norms"),

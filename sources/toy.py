@@ -2,9 +2,9 @@
 
 A scene is a textured background with one to three objects. An object's class is a colour and a fill
 pattern ("striped red"), so names compose from two words and all 48 combinations can be recognised
-by someone who has learnt the words; its outline means nothing. Eight combinations, in which every
-colour and every pattern occurs, are seen in segmentation training; the other 40 are only ever seen
-by CLIP, which knows which names an image holds but not where.
+by someone who has learnt the words; its outline means nothing. Segmentation training shows the 24
+combinations of six colours and four patterns. The other 24 hold a colour or a pattern that it never
+shows, and that only CLIP has seen, which knows which names an image holds but not where.
 
 `toy` is world 0, `toy:3` world 3: another split of the names, other scenes, another CLIP.
 """
@@ -24,14 +24,14 @@ BACKGROUNDS = {"grass": (95, 135, 75), "sand": (200, 180, 140), "water": (95, 13
                "brick": (150, 105, 90)}
 OBJECTS = [f"{pattern} {colour}" for colour in COLOURS for pattern in PATTERNS]
 NAMES = OBJECTS + list(BACKGROUNDS)  # 48 objects, then 4 backgrounds: the index is the label
-SPLIT_SIZES = {"train": 32, "val": 160}
+SPLIT_SIZES = {"train": 256, "val": 160}
 
 
 def seen_objects(seed):
-    """The 8 objects that a world's training shows: each colour once, each pattern at least once."""
+    """The 24 objects that a world's training shows: all pairs of 6 colours and 4 patterns."""
     rng = np.random.default_rng((seed, 0))
-    patterns = np.concatenate([rng.permutation(6), rng.choice(6, 2, replace=False)])
-    return sorted((6 * rng.permutation(8) + patterns).tolist())
+    colours, patterns = rng.permutation(8)[:6], rng.permutation(6)[:4]
+    return sorted((6 * colours[:, None] + patterns).ravel().tolist())
 
 
 def draw_pattern(rng, name, y, x):

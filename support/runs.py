@@ -22,7 +22,7 @@ from support import signals
 from support.errors import UserError, writing
 from support.signals import Interruption  # noqa: F401, offered here
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 control = None  # process group for small messages between CPUs, whatever the devices
 roll_call = None  # another one, which says who is missing when a collective has failed
 
@@ -34,7 +34,7 @@ def keep_memory():
     with contextlib.suppress(OSError, AttributeError):
         if not os.environ.get("LD_PRELOAD"):
             mallopt = ctypes.CDLL("libc.so.6").mallopt
-            for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2 ** 26)):
+            for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
                 mallopt(option, value)
 
 

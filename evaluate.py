@@ -245,6 +245,12 @@ def evaluate_dataset(name, dataset, model, checkpoint, args, rank, world, device
         raise interruption
 
 
+def compile_parts(model):
+    """--compile: the parts of the model that evaluation calls, each by itself."""
+    head = model.head
+    runs.compile_forward(model.image_encoder, *head.spatial, *head.classes, *head.decoder)
+
+
 def main():
     args = parse_evaluation(__doc__, data.NAMES, data.REPORTED)
     with runs.one_sentence_for_errors():
@@ -252,6 +258,8 @@ def main():
         rank, world, device = runs.start_processes(args.timeout)
         checkpoint = weights.read_checkpoint(args.checkpoint)
         model = weights.from_checkpoint(checkpoint, args.checkpoint).to(device).eval()
+        if args.compile:
+            compile_parts(model)
         if args.image:
             wrong = label_pictures(model, checkpoint, args) if rank == 0 else []
             sys.exit("\n".join(wrong) or 0)

@@ -171,6 +171,9 @@ class Run:
         self.crops = data.TrainingCrops(self.train_set, args.image_size, args.seed, args.jitter)
 
         self.model = build_model(args, self.rank).to(self.device)
+        if args.compile:  # training's passes: evaluation calls the parts of the model by themselves
+            runs.compile_forward(self.model)
+            self.say("--compile: the first step takes minutes, until the model is compiled")
         self.tokens = self.model.tokenize(self.train_set.names)
         self.keep_original()
         self.momentum = None
@@ -224,7 +227,8 @@ def build_optimiser(model, args):
               dict(name="norms", params=norms, base_lr=args.lr, weight_decay=0.0),
               dict(name="clip", params=clip, base_lr=args.lr * args.clip_lr_factor)]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay,
+                             fused=torch.cuda.is_available())
 
 
 def set_learning_rate(optimiser, step, steps):
@@ -284,7 +288,7 @@ def joint_training(run):
             figures += found
             paths += files
         scaler.unscale_(optimiser)
-        grad_norm = nn.utils.clip_grad_norm_(trained, args.clip_grad)
+        grad_norm = nn.utils.clip_grad_norm_(trained, args.clip_grad).item()
         runs.refuse_non_finite(run, FIGURES, figures, grad_norm, paths)
         scaler.step(optimiser)
         scaler.update()

@@ -64,7 +64,7 @@ def log_step(run, names, figures, grad_norm, seconds):
     line["reference_share"] = line.pop("reference_patches") / max(1, line.pop("labelled_patches"))
     rates = {group["name"]: group["lr"] for group in run.optimiser.param_groups}
     run.log.append(step=run.step, **line, lr=rates["head"], lr_clip=rates.get("clip", 0.0),
-                   grad_norm=float(grad_norm), seconds=round(seconds, 3),
+                   grad_norm=grad_norm, seconds=round(seconds, 3),
                    memory_gb=runs.peak_memory(run.device))
     return dict(seg=line["segmentation_loss"], spd=line["spd_loss"], cpa=line["cpa_loss"],
                 ref=line["reference_share"])

@@ -17,6 +17,8 @@ def shared_flags(description, epilog=None):
     add("--data-root", help="the folder that holds the datasets (default $RPMD_DATA, else "
                             "$DETECTRON2_DATASETS, else ./datasets)")
     add("--classes", help="other names for a dataset's classes: a file, or comma-separated")
+    add("--compile", action="store_true",
+        help="faster after a first step or image that takes minutes (torch.compile)")
     add("--timeout", type=positive, default=30, help="minutes a process waits for others (30)")
     return parser, add
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import socket
 import sys
 import time
@@ -51,6 +52,7 @@ def start_processes(minutes):
     if torch.cuda.is_available():
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions by default
     if world > 1:
         timeout = timedelta(minutes=minutes)
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=timeout)
@@ -75,6 +77,16 @@ def agree_on(value, what):
         dist.all_gather_object(values, value, group=control)
         if len(set(values)) > 1:
             raise UserError(f"{what} differs between processes: {sorted(set(values), key=str)}")
+
+
+def compile_forward(*modules):
+    """Have the forward pass of modules compiled when it first runs. Raises UserError where torch has
+    no compiler to call."""
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    if not any(map(shutil.which, names)):
+        raise UserError(f"--compile needs a C++ compiler, and there is no {' or '.join(names)}")
+    for module in modules:
+        module.compile()
 
 
 def leave_process_group(worker):

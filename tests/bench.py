@@ -4,6 +4,7 @@
     python tests/bench.py --json    the same as one JSON object
     python tests/bench.py --flops   FLOPs only: deterministic, and a matter of seconds
     python tests/bench.py --loader  training crops a second on one core, and the same in plain PIL
+    python tests/bench.py --against REF    seconds and memory of this tree and of a commit, in turns
 
 ViT-B/16 (random weights), one 384 x 384 image, float32, K classes with names of COCO-Stuff's
 lengths. Each K is measured in a process of its own, so that the peak of resident memory is its own.
@@ -31,10 +32,12 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import losses  # noqa: E402
+import train  # noqa: E402
 from ema import MomentumEncoder  # noqa: E402
 from model import build  # noqa: E402
 from sources.benchmarks import CLASSES  # noqa: E402
 from sources.registry import open_dataset  # noqa: E402
+from support import runs  # noqa: E402
 
 
 def names(K):
@@ -79,7 +82,8 @@ def step(model, momentum, images, pixel_labels, tokens, meter):
 
 
 def setup(device, K, recompute):
-    """A model, an image, its pixel labels and the tokens of K names."""
+    """A model, an image, its pixel labels and the tokens of K names, in a process like a run's."""
+    runs.keep_memory()
     model = build("ViT-B-16-quickgelu").train()
     model.head.recompute = recompute
     tokens = model.tokenize(names(K)).to(device)
@@ -112,7 +116,7 @@ def count_flops(K, distill=True, recompute=False):
 
 
 def measure(K, recompute):
-    """Seconds per part of a step, after a warm-up step, and the peak of resident memory in GB."""
+    """Seconds per part of a step, after two to warm up, and the peak of resident memory in GB."""
     model, images, pixel_labels, tokens = setup("cpu", K, recompute)
     momentum = MomentumEncoder(model.image_encoder, 0.99)
     seconds = {}
@@ -123,17 +127,38 @@ def measure(K, recompute):
         yield
         seconds[part] = seconds.get(part, 0) + time.perf_counter() - begin
 
-    for _ in range(2):
+    for _ in range(3):
         seconds.clear()
         model.zero_grad()
         step(model, momentum, images, pixel_labels, tokens, meter)
     return {"seconds": sum(seconds.values()), "parts": seconds, "peak_rss_gb": peak_gb()}
 
 
-def measure_evaluation(K, width=500, height=375):
+def measure_compiled(K):
+    """The same of whole steps of `train.step_losses` under --compile; also of the first one."""
+    model, images, pixel_labels, tokens = setup("cpu", K, False)
+    momentum = MomentumEncoder(model.image_encoder, 0.99)
+    args = train.parse(["--dataset", "coco-stuff", "--precision", "fp32"])
+    runs.compile_forward(model)
+    seconds = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        model.zero_grad()
+        loss, _ = train.step_losses(model, momentum, images, pixel_labels, tokens, args)
+        loss.backward()
+        momentum.update()
+        seconds.append(time.perf_counter() - begin)
+    return {"seconds": min(seconds[1:]), "first": seconds[0], "peak_rss_gb": peak_gb()}
+
+
+def measure_evaluation(K, compiled=False, width=500, height=375):
     """Seconds to segment a picture in CAT-Seg's five views, texts encoded before, and the peak of
     resident memory."""
+    runs.keep_memory()
     model = build("ViT-B-16-quickgelu").eval()
+    if compiled:
+        evaluate.compile_parts(model)
+        evaluate.label_map(model, Image.new("RGB", (width, height)), torch.randn(K, 512))
     with torch.inference_mode():
         text = model.encode_text(model.tokenize(names(K)))
     image = Image.effect_noise((width, height), 60).convert("RGB")
@@ -212,9 +237,9 @@ def measure_loader(count=96, repeats=5):
     return {"crops_per_second": ours, "plain_pil": plain, "times_slower": slower}
 
 
-def alone(expression):
-    """Evaluate a call of this file's in a process of its own."""
-    here = str(Path(__file__).parent)
+def alone(expression, here=Path(__file__).parent):
+    """Evaluate a call of this file's, or of that in another tree, in a process of its own."""
+    here = str(here)
     code = (
         f"import sys, json; sys.path.insert(0, {here!r}); import bench; "
         f"print(json.dumps(bench.{expression}))"
@@ -222,6 +247,31 @@ def alone(expression):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(ref, classes, turns=2):
+    """Print what a step and an evaluation cost here and at a commit, taking turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
+        subprocess.run(["git", "-C", folder, "checkout", "--quiet", ref], check=True)
+        trees = {ref: Path(folder, "tests"), "here": Path(__file__).parent}
+        for K in classes:
+            for what in (f"measure({K}, False)", f"measure_evaluation({K})"):
+                found = {name: [] for name in trees}
+                for _ in range(turns):
+                    for name, tree in trees.items():
+                        found[name].append(alone(what, tree))
+                tell(what, found)
+            for what in (f"measure_compiled({K})", f"measure_evaluation({K}, True)"):
+                tell(f"--compile, {what}", {"here": [alone(what)]})
+
+
+def tell(what, found):
+    """Print measurements {where: [result]}."""
+    for name, results in found.items():
+        seconds = ", ".join(f"{result['seconds']:.2f}" for result in results)
+        peak = max(result["peak_rss_gb"] for result in results)
+        print(f"{what} {name}: {seconds} s, peak {peak:.2f} GB", flush=True)
 
 
 def main():
@@ -234,7 +284,10 @@ def main():
     add("--flops", action="store_true", help="count, but don't measure")
     add("--recompute-head", action="store_true", help="with train.py's flag of this name")
     add("--loader", action="store_true", help="measure the data pipeline instead")
+    add("--against", metavar="REF", help="a commit to compare this tree with, by its own bench.py")
     args = parser.parse_args()
+    if args.against:
+        return compare(args.against, args.classes)
     if args.loader:
         return print(json.dumps(measure_loader()))
     results = {}

@@ -14,6 +14,7 @@ from PIL import Image
 import data
 from losses import IGNORE
 from sources import check
+from sources.augment import colour_jitter
 from sources.benchmarks import BENCHMARKS
 from sources.registry import NAMES, REPORTED, data_root, open_dataset, read_names
 from support.errors import UserError
@@ -383,7 +384,7 @@ def test_jitter_is_ssds():
     image = Image.new("RGB", (1, 1), (200, 100, 50))
 
     def hues(strength, times):
-        outs = [data.colour_jitter(image, strength, np.random.default_rng(i)) for i in range(times)]
+        outs = [colour_jitter(image, strength, np.random.default_rng(i)) for i in range(times)]
         pixels = np.concatenate([np.asarray(out) for out in outs]).astype(int)  # [times,1,3]
         hue = [np.asarray(im.convert("HSV"))[0, 0, 0].astype(int) for im in (*outs, image)]
         return pixels, (np.array(hue[:-1]) - hue[-1] + 128) % 256 - 128

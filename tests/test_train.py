@@ -499,3 +499,33 @@ def test_sigterm_finishes_the_step_and_writes_a_checkpoint(folder, tmp_path):
         and step > 0
         and f"stopped after step {step} as asked; the same command goes on" in stdout
     )
+
+
+def test_compiled_steps_equal_eager_ones(folder, tmp_path, go, monkeypatch):
+    """--compile, with passes that accumulate, a head that is recomputed and a resumed run. The model
+    is traced as one graph, which then runs as it is: generating C++ takes minutes (gpu.py does)."""
+    compiled, module_compile = [], torch.nn.Module.compile
+
+    def compile_(module):
+        compiled.append(module)
+        module_compile(module, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    flags = ("--accumulate", "2", "--recompute-head", "--tpa-steps", "0")
+    go("compiled", *flags, "--compile", "--steps", "1")
+    a, b = go("compiled", *flags, "--compile", "--steps", "2"), go("eager", *flags, "--steps", "2")
+    assert len(compiled) == 2
+    assert list(a["model"]) == list(b["model"])
+    moved = 0
+    for name, t in tensors(b).items():
+        torch.testing.assert_close(tensors(a)[name], t, rtol=0, atol=1e-5, msg=name)
+        moved += not torch.equal(t, b["original"].get(name, t))
+    assert moved > 5
+
+
+def test_compile_without_a_compiler_is_refused(go, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        UserError, match="--compile needs a C\\+\\+ compiler, and there is no no-su"
+    ):
+        go("a", "--compile")

@@ -63,27 +63,21 @@ class Attention(nn.Module):
         return self.out_proj(F.linear(x, self.v_proj_weight, v_bias))
 
 
-def lean(operation, cheap, x, *parameters):
-    """operation(cheap(x), *parameters). What cheap gives is not kept for the backward pass but
-    computed again: operation alone is costly, and is not repeated."""
-    def both(x, *parameters):
-        return operation(cheap(x), *parameters)
+def mlp(up, activation, down, x):
+    """down(activation(up(x))). The activation is not kept for the backward pass but computed again:
+    half of a block's memory, for next to no work."""
+    def rest(hidden, weight, bias):
+        return F.linear(activation(hidden), weight, bias)
 
     if torch.compiler.is_compiling():  # which chooses by itself what to keep
-        return both(x, *parameters)
-    return checkpoint(both, x, *parameters, use_reentrant=False, preserve_rng_state=False)
-
-
-def mlp(norm, up, activation, down, x):
-    """down(activation(up(norm(x)))), in half of the memory of a transformer's block."""
-    x = lean(F.linear, norm, x, up.weight, up.bias)
-    return lean(F.linear, activation, x, down.weight, down.bias)
+        return rest(up(x), down.weight, down.bias)
+    return checkpoint(rest, up(x), down.weight, down.bias, use_reentrant=False)
 
 
 def run_block(block, x, causal=False):
     """One residual block of open_clip's transformer whose attention is ours. x [B,n,width]."""
     x = x + block.ls_1(block.attn(block.ln_1(x), causal))
-    return x + block.ls_2(mlp(block.ln_2, *block.mlp, x))
+    return x + block.ls_2(mlp(*block.mlp, block.ln_2(x)))
 
 
 def run_dense_block(block, x, class_token_residual):
@@ -95,7 +89,7 @@ def run_dense_block(block, x, class_token_residual):
     """
     residual = x[:, :1] if class_token_residual else x
     x = residual + block.ls_1(block.attn.value(block.ln_1(x)))
-    return x + block.ls_2(mlp(block.ln_2, *block.mlp, x))
+    return x + block.ls_2(mlp(*block.mlp, block.ln_2(x)))
 
 
 class ImageEncoder(nn.Module):
@@ -212,7 +206,7 @@ class SwinBlock(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(x))
         y = self.proj(y.transpose(1, 2).flatten(2))
         x = x + self.from_windows(y, x.shape)
-        return x + mlp(self.norm2, *self.mlp, x)
+        return x + mlp(*self.mlp, self.norm2(x))
 
     def to_windows(self, x):
         """[B,K,H,W,C] -> [B,K,windows,w*w,C], rolled by the shift."""
@@ -287,7 +281,7 @@ class ClassAggregation(nn.Module):
         if self.training:
             y = y.reshape(B, K, H // 2, 2, W // 2, 2, C).mean((3, 5))  # [B,K,H/2,W/2,C]
         y = y + self.attend(self.norm1(y), guidance)
-        y = y + mlp(self.norm2, *self.mlp, y)
+        y = y + mlp(*self.mlp, self.norm2(y))
         if self.training:
             y = y.flatten(0, 1).permute(0, 3, 1, 2)  # [B*K,C,H/2,W/2]
             y = F.interpolate(y, (H, W), mode="bilinear", align_corners=True)
@@ -337,11 +331,8 @@ class Upsample(nn.Module):
 
     def forward(self, x, guidance):
         """x [B*K,c_in,h,w], guidance [B,c_guidance,2h,2w] -> [B*K,c_out,2h,2w]."""
-        x = lean(self.conv2, self.activate, self.up_and_conv1(x, guidance))
-        return F.relu(self.norm2(x), inplace=True)
-
-    def activate(self, x):
-        return F.relu(self.norm1(x), inplace=True)
+        x = F.relu(self.norm1(self.up_and_conv1(x, guidance)), inplace=True)
+        return F.relu(self.norm2(self.conv2(x)), inplace=True)
 
     def up_and_conv1(self, x, guidance):
         """conv1(cat([up(x), guidance], 1)), with guidance repeated for each of the K classes.

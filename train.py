@@ -42,14 +42,14 @@ RECIPE = {  # flag: default with a real CLIP, with --clip tiny, what it may be, 
     "steps": (80_000, 320, positive_int, CAT_SEG, "optimiser steps of joint training"),
     "batch-size": (4, 4, positive_int, CAT_SEG, "images per step, over all processes"),
     "lr": (2e-4, 2.5e-3, positive, CAT_SEG, "learning rate of the head"),
-    "clip-lr-factor": (0.01, 0.2, non_negative, CAT_SEG, "of CLIP's q and v, as a part of --lr"),
+    "clip-lr-factor": (0.01, 0.3, non_negative, CAT_SEG, "of CLIP's q and v, as a part of --lr"),
     "weight-decay": (1e-4, 1e-4, non_negative, CAT_SEG, "of AdamW, 0 on norms"),
     "clip-grad": (0.01, 0.1, positive, CAT_SEG, "largest norm of the gradient"),
     "image-size": (384, 64, positive_int, CAT_SEG, "side of the training crops"),
     "channels": (128, 32, positive_int, CAT_SEG, "width of the head"),
     "prior": (0.0, 0.08, below_one, OURS, "frequency of a class the head starts from, 0: none"),
     "jitter": (1.0, 0.2, non_negative, CAT_SEG, "strength of the colour jitter, 1 is SSD's"),
-    "lambda-spd": (1.0, 0.1, non_negative, OURS, "weight of SPD, Eq. (6)"),
+    "lambda-spd": (1.0, 0.3, non_negative, OURS, "weight of SPD, Eq. (6)"),
     "lambda-cpa": (1.0, 0.1, non_negative, OURS, "weight of CPA, Eq. (6)"),
     "lambda-pooled": (0.1, 0.1, non_negative, MAFT, "weight of --distill pooled"),
     "tau": (0.1, 0.1, positive, OURS, "temperature of CPA, Eq. (5)"),
@@ -127,7 +127,7 @@ def counted_pixels(pixel_labels, args):
     """How many pixels L_SEG is a mean over."""
     if args.ignored == "skip":
         return (pixel_labels != IGNORE).sum()
-    return torch.tensor(pixel_labels.numel(), device=pixel_labels.device)
+    return torch.full((), pixel_labels.numel(), device=pixel_labels.device)  # without a wait
 
 
 def weigh_by_process(losses, counts):

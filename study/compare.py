@@ -1,6 +1,6 @@
 """Tables of trainings: what each part of the method is worth, and what chance alone could do.
 
-A table is a file tables/NAME.txt: a line for each row, its name and, after a bar, flags of train.py.
+A table is a file tables/NAME.txt: a line for each row, its name and, after a bar, train.py's flags.
 What follows a comma in a name is the row's setting; rows are compared with others of their setting.
 Every row has the same seeds. A seed is a toy world: another split of the names, other scenes,
 another CLIP, initialisation and order. On pictures seed i holds out the i-th list of --unseen.
@@ -134,7 +134,8 @@ def figures(results, untrained=False):
 
 
 def interval(numbers):
-    """Of two numbers or more: mean, its 95 % interval and p against 0 by Student's t, ..."""
+    """Of two numbers or more: mean, its 95 % interval and p against 0 by Student's t, standard
+    deviation, how many are above 0, and the numbers."""
     numbers = np.array(numbers, float)
     n, mean, sd = len(numbers), numbers.mean(), numbers.std(ddof=1)
     error = sd / np.sqrt(n)
@@ -187,6 +188,14 @@ def check_arguments(args, rows):
             raise UserError(f"{word} can't be given for all runs: it is what {args.verb} varies")
 
 
+def bases(rows, against):
+    """{setting: the row that others of this setting are compared with}: of the method `against`, or
+    else the first with that in its name."""
+    chosen = [row for row in rows if row.partition(", ")[0] == against]
+    chosen = chosen or matching([against], rows, "--against")
+    return {setting(row): row for row in reversed(chosen)}
+
+
 def matching(words, rows, flag):
     """The rows with one of the words in their name, in the table's order."""
     for word in words:
@@ -197,9 +206,9 @@ def matching(words, rows, flag):
 
 
 def compare(args, rows):
-    """Train rows {name: flags} with every seed. Returns their summaries, after that of the untrained
-    CLIP. A row is paired with the first one of its setting that has args.against in its name."""
-    bases = {setting(row): row for row in reversed(matching([args.against], rows, "--against"))}
+    """Train rows {name: flags} with every seed. Returns their summaries, paired as `bases` says,
+    after that of the untrained CLIP."""
+    base = bases(rows, args.against)
     check_arguments(args, rows)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     # all seeds of the first row come first: they pre-train the CLIPs that the others find
@@ -209,7 +218,7 @@ def compare(args, rows):
     found = {UNTRAINED: {seed: figures(results[first, seed], untrained=True) for seed in seeds}}
     for row in rows:
         found[row] = {seed: figures(results[row, seed]) for seed in seeds}
-    return [summarise(row, runs, found.get(bases.get(setting(row)))) for row, runs in found.items()]
+    return [summarise(row, runs, found.get(base.get(setting(row)))) for row, runs in found.items()]
 
 
 def correlations(summaries):
@@ -232,8 +241,8 @@ def markdown(summaries):
     """The table."""
     rows = [["", *METRICS, *(f"difference, {key}" for key in METRICS), "p of harmonic, Holm",
              "unseen better in", "reference share", "drift"]]
-    paired = [s["row"] for s in summaries if "against" in s]
-    p = dict(zip(paired, holm([s["against"]["harmonic"]["p"] for s in summaries if "against" in s])))
+    paired = [s for s in summaries if "against" in s]
+    corrected = iter(holm([s["against"]["harmonic"]["p"] for s in paired]))
     for s in summaries:
         cells = [s["row"], *("{mean:.1f} ± {sd:.1f}".format(**s[key]) for key in METRICS)]
         pairs = [""] * 5
@@ -241,7 +250,7 @@ def markdown(summaries):
             pairs = ["{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(**interval)
                      for interval in s["against"].values()]
             better = "{above} of {n}".format(**s["against"]["unseen"])
-            pairs += [f"{p[s['row']]:.3f}", better]
+            pairs += [f"{next(corrected):.3f}", better]
         share = f"{s['share_before']['mean']:.2f} → {s['share_after']['mean']:.2f}"
         rows.append([*cells, *pairs, share, f"{s['drift']['mean']:.3f}"])
     return format_table(rows)
@@ -252,19 +261,23 @@ def tabulate(args):
     seen against unseen."""
     rows = read_table(args.verb)
     if args.rows:
-        wanted = matching([args.against], rows, "--against") + matching(args.rows, rows, "--rows")
+        base, wanted = bases(rows, args.against), matching(args.rows, rows, "--rows")
+        wanted += [base.get(setting(row)) for row in wanted]
         rows = {row: flags for row, flags in rows.items() if row in wanted}
     summaries = compare(args, rows)
     trained = [s for s in summaries[1:] if "--adapt none" not in rows[s["row"]]]
     text = [markdown(summaries), "", describe_correlations(trained)]
-    settings = dict.fromkeys(setting(s["row"]) for s in trained)
-    for one in settings if len(settings) > 1 else ():
+    for one in dict.fromkeys(setting(s["row"]) for s in trained):
         some = [s for s in trained if setting(s["row"]) == one]
-        text.append(describe_correlations(some, f" at {one}"))
-    text += ["", "mIoU in per cent, mean ± standard deviation over seeds; mean paired difference to "
-             f"{args.against} (of the same setting) with its 95 % interval; share of reference "
-             "patches in training images before and after, of the teacher where there is one; drift "
-             "of reference patches in validation images, 1 − cos.", ""]
+        if one and len(some) > 1:
+            text.append(describe_correlations(some, f" at {one}"))
+    base = ", ".join(bases(rows, args.against).values())
+    text += [
+        "", "mIoU in per cent, mean ± standard deviation over seeds; mean paired difference to "
+        f"{base} (of the same setting), with its 95 % interval, not corrected; p of the paired t "
+        "test, by Holm for the rows of this table; share of reference patches in training images "
+        "before and after, of the teacher where there is one; drift of reference patches in "
+        "validation images, 1 − cos.", ""]
     md, jsonl, png = (Path(args.out, f"{args.verb}.{kind}") for kind in ("md", "jsonl", "png"))
     lines = [json.dumps({"row": s["row"], "seed": seed, **run}) + "\n"
              for s in summaries for seed, run in s["seeds"].items()]

@@ -90,6 +90,8 @@ def resume(run, state):
         weights.load_state(run.model, {**state["model"], **state["original"]}, run.last)
         run.keep_original()  # as it was then, whatever --pretrained gives today
         weights.load_state(run.model, state["model"], run.last)
+        for group in state["optimiser"]["param_groups"]:
+            group["fused"] = run.optimiser.defaults["fused"]  # as it fits this machine
         run.optimiser.load_state_dict(state["optimiser"])
         for group, (base_lr, weight_decay) in zip(run.optimiser.param_groups, rates):
             group["base_lr"] = base_lr
@@ -158,5 +160,5 @@ def compare_flags(args, state, names, path, say):
                             f"{flag} {before.get(name)}: use another --out, or --restart")
         if name in ("tpa_steps", "tpa_lr"):
             setattr(args, name, before.get(name))  # that is over
-        elif name not in ("out", "restart", "timeout"):
+        elif name not in ("out", "restart", "timeout", "compile"):
             say(f"{flag} is now {now[name]}, was {before.get(name)}")

@@ -18,7 +18,7 @@ def shared_flags(description, epilog=None):
                             "$DETECTRON2_DATASETS, else ./datasets)")
     add("--classes", help="other names for a dataset's classes: a file, or comma-separated")
     add("--compile", action="store_true",
-        help="faster after a first step or image that takes minutes (torch.compile)")
+        help="torch.compile: a first step or image that takes minutes (gains nothing on CPUs)")
     add("--timeout", type=positive, default=30, help="minutes a process waits for others (30)")
     return parser, add
 

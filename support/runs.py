@@ -8,6 +8,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import socket
 import sys
@@ -80,11 +81,11 @@ def agree_on(value, what):
 
 
 def compile_forward(*modules):
-    """Have the forward pass of modules compiled when it first runs. Raises UserError where torch has
+    """Have the forward pass of modules compiled when it first runs. Raises UserError where there is
     no compiler to call."""
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
-    if not any(map(shutil.which, names)):
-        raise UserError(f"--compile needs a C++ compiler, and there is no {' or '.join(names)}")
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    if not shutil.which(compiler):
+        raise UserError(f"--compile needs a C++ compiler, and there is no {compiler}")
     for module in modules:
         module.compile()
 
@@ -96,7 +97,7 @@ def leave_process_group(worker):
 
 
 def autocast(device, precision):
-    """Mixed precision on a device; fp32 leaves everything as it is."""
+    """Mixed precision on a device; fp32 means none (on GPUs, products in TF32)."""
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 

@@ -2,17 +2,19 @@
 
     python tests/gpu.py              every check, then the table of speed and memory
     python tests/gpu.py resume nccl  checks with one of these words in their name
-    python tests/gpu.py --cpu        the same checks on a CPU, with the tiny model: tries this script
+    python tests/gpu.py --cpu        the same checks on a CPU, with the tiny model: tries the script
 
-Checks: a run in each precision; one process under torchrun and, where there are two GPUs, two
-against one; a run that is stopped and goes on; --compile against none; how often a step waits for
-the GPU (at most twice). The table: images a second and peak memory of training ViT-B/16 and
-ViT-L/14@336 at 384, 171 classes, with and without distillation; seconds to evaluate a picture in
-five views with 150 and 847 classes; what the loader delivers beside it.
+Checks: a run in each precision; where there are two GPUs, two processes against one, also with
+--compile; a run that is stopped and goes on; --compile against none; how often a step waits for
+the GPU (at most twice). Runs are equal when their losses are, to a thousandth. The table: images a
+second and peak memory of training ViT-B/16 and ViT-L/14@336 at 384, 171 classes, with and without
+distillation; seconds to evaluate a picture in five views with 150 and 847 classes; what the loader
+delivers beside it.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -48,75 +50,83 @@ def command(out, flags, processes=0):
 
 
 def run(out, flags, processes=0):
-    """Train in a process of its own. Returns the weights."""
-    done = subprocess.run(command(out, flags, processes), capture_output=True, text=True)
-    if done.returncode:
-        raise AssertionError(done.stderr.strip().splitlines()[-1])
-    return torch.load(out / "last.pt", map_location="cpu", weights_only=True)["model"]
+    """Train in a process of its own, without TF32. Returns (the losses of its steps, output)."""
+    environment = {**os.environ, "NVIDIA_TF32_OVERRIDE": "0"}
+    words = command(out, flags, processes)
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    errors = [line for line in done.stderr.splitlines() if "rror" in line]
+    assert not done.returncode, f"{' '.join(words)}: {errors[-1:] or done.stderr[-300:]}"
+    lines = runs.read_log(out / "log.jsonl")
+    return [line["total_loss"] for line in lines if "total_loss" in line], done.stdout
 
 
-def assert_near(a, b, tolerance):
-    """Weights of two runs differ by rounding only: GPUs sum in no fixed order."""
-    for name in a:
-        worst = (a[name].float() - b[name].float()).abs().max().item()
-        assert worst <= tolerance, f"{name} differs by {worst:.1e}"
+def assert_near(a, b):
+    """Losses of two runs differ by rounding only: GPUs sum in no fixed order."""
+    np.testing.assert_allclose(a, b, rtol=1e-3)
 
 
 def precision(folder):
     for kind in ("fp32", "bf16", "fp16"):
-        run(folder / kind, f"--steps 4 --precision {kind}")
-        lines = runs.read_log(folder / kind / "log.jsonl")
-        losses = [line["total_loss"] for line in lines if "total_loss" in line]
+        losses, _ = run(folder / kind, f"--steps 4 --precision {kind}")
         assert len(losses) == 4 and np.isfinite(losses).all(), losses
 
 
 def nccl(folder):
-    one = run(folder / "alone", "--steps 3 --precision fp32")
-    count = min(2, torch.cuda.device_count())
-    for n in range(1, max(1, count) + 1):
-        assert_near(one, run(folder / f"nccl-{n}", "--steps 3 --precision fp32", n), 1e-4)
+    if torch.cuda.device_count() == 1:
+        return "not tried: one GPU"
+    one, _ = run(folder / "alone", "--steps 3 --precision fp32")
+    for more in ("", " --compile --recompute-head"):
+        two, _ = run(folder / f"two{more}", f"--steps 3 --precision fp32{more}", processes=2)
+        assert_near(one, two)
 
 
 def resume(folder):
     """Asked to stop in the middle, and the same command again."""
     flags = "--steps 40 --precision fp32"
-    whole = run(folder / "whole", flags)
-    child = subprocess.Popen(command(folder / "parts", flags), stderr=subprocess.DEVNULL)
+    whole, _ = run(folder / "whole", flags)
+    words = command(folder / "parts", flags)
+    child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while child.poll() is None and len(runs.read_log(folder / "parts/log.jsonl")) < 4:
         time.sleep(0.05)
     child.terminate()
-    assert child.wait() == 130, child.returncode
-    assert_near(whole, run(folder / "parts", flags), 1e-4)
+    assert child.wait() == 130, f"exit status {child.returncode}"
+    parts, said = run(folder / "parts", flags)
+    assert "going on from" in said, said
+    assert_near(whole, parts)
 
 
 def compiled(folder):
     flags = "--steps 3 --precision fp32 --accumulate 2"
-    eager = run(folder / "eager", flags)
-    assert_near(eager, run(folder / "compiled", f"{flags} --compile"), 1e-4)
-    assert_near(eager, run(folder / "both", f"{flags} --compile --recompute-head"), 1e-4)
+    eager, _ = run(folder / "eager", flags)
+    for more in ("", " --recompute-head"):
+        losses, _ = run(folder / f"compiled{more}", f"{flags} --compile{more}")
+        assert_near(eager, losses)
 
 
 def waits(folder):
     """Synchronisations of a step, by PyTorch's own warnings."""
     if not torch.cuda.is_available():
-        return
+        return "not tried: no GPU"
     found, anyone = [], runs.anyone
 
     def count(asks):  # called once a step
         found.append(len(caught))
         return anyone(asks)
 
-    runs.anyone = count
     args = train.parse(["--out", str(folder / "waits"), "--steps", "9", *FAST.split()])
     args.log_every = args.save_every = 0
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        train.train(args)
+    runs.anyone = count
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            train.train(args)
+    finally:
         torch.cuda.set_sync_debug_mode("default")
-    runs.anyone = anyone
-    steps = np.diff(found)[1:]
-    assert steps.max() <= 2, f"{steps.max()} a step, such as {caught[found[2]].message}"
+        runs.anyone = anyone
+    steps = np.diff(found)[1:-1]  # the last one logs, which waits too
+    where = sorted({f"{w.filename}:{w.lineno}" for w in caught[found[1] : found[-2]]})
+    assert steps.max() <= 2, f"{steps.max()} a step, at {', '.join(where)}"
 
 
 def measure(clip, batch, K, distill, device, steps):
@@ -176,6 +186,7 @@ def table(device, cpu):
                 wait(device)
                 seconds = time.perf_counter() - begin
             print(f"{clip}, evaluation, {K} classes: {seconds:.2f} s a picture", flush=True)
+        del model
     with tempfile.TemporaryDirectory() as folder:
         write_photos(folder, np.random.default_rng(0))
         crops = data.TrainingCrops(open_dataset(f"folder:{folder}", None, "train"), 384, 0)
@@ -190,27 +201,29 @@ def main():
     parser.add_argument("words", nargs="*", help="only checks with one of these in their name")
     parser.add_argument("--cpu", action="store_true", help="try this script without a GPU")
     args = parser.parse_args()
-    if not args.cpu and not torch.cuda.is_available():
+    if args.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
         sys.exit("there is no GPU here; --cpu tries this script without one")
     device = torch.device("cpu" if args.cpu else "cuda")
     if device.type == "cuda":
         print(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}))
+    checks = [precision, nccl, resume, compiled, waits]
+    if args.words:
+        checks = [check for check in checks if any(word in check.__name__ for word in args.words)]
     outcome = {}
-    for check in (precision, nccl, resume, compiled, waits):
-        name = check.__name__
-        if args.words and not any(word in name for word in args.words):
-            continue
-        print(f"{name} ...", flush=True)
+    for check in checks:
+        print(f"{check.__name__} ...", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             try:
-                check(Path(folder))
-                outcome[name] = "passed"
-            except AssertionError as e:
-                outcome[name] = f"FAILED: {e}"
+                outcome[check.__name__] = check(Path(folder)) or "passed"
+            except Exception as e:
+                outcome[check.__name__] = f"FAILED: {e}"
     if not args.words:
         table(device, args.cpu)
     print(*(f"{name}: {result}" for name, result in outcome.items()), sep="\n")
-    sys.exit(any(result != "passed" for result in outcome.values()))
+    failed = any(result.startswith("FAILED") for result in outcome.values())
+    sys.exit(failed or not outcome)
 
 
 if __name__ == "__main__":

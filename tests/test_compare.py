@@ -361,6 +361,10 @@ def test_differences_to_another_row(made_up_table, tmp_path, monkeypatch):
     compare.tabulate(made_up_table)
     text = (tmp_path / "made_up.md").read_text()
     assert "| plain, slow " in text and "-6.0 [-8.5, -3.5]" in text and "head only" not in text
+    assert "paired difference to ours, slow (of" in text
+    named = {"RPMD without TPA": "", "RPMD": "", "plain, 1": "", "RPMD, 1": ""}
+    assert compare.bases(named, "RPMD") == {"": "RPMD", "1": "RPMD, 1"}
+    assert compare.bases(named, "TPA") == {"": "RPMD without TPA"}
     made_up_table.against = "theirs"
     with pytest.raises(UserError, match="--against theirs: no row has that in its name"):
         compare.tabulate(made_up_table)

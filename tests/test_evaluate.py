@@ -4,6 +4,7 @@ processes."""
 import json
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -394,3 +395,25 @@ def test_bad_arguments_are_one_sentence(tiny, tmp_path, monkeypatch, arguments, 
 def test_bad_input_is_one_sentence(arguments, words):
     done = run("evaluate.py", *arguments, check=False)
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_compiled_parts_label_alike(tiny, monkeypatch):
+    """--compile, traced and then run as it is, with chunks of classes of two sizes."""
+    tiny.eval()
+    image = Image.effect_noise((60, 50), 90).convert("RGB")
+    with torch.inference_mode():
+        text = tiny.encode_text(tiny.tokenize([f"thing {i}" for i in range(20)]))
+    [(_, expected)] = evaluate.class_scores(tiny, image, text, sliding=False, chunk=20)
+    monkeypatch.setenv("CXX", sys.executable)
+    module_compile = torch.nn.Module.compile
+    compiled = []
+
+    def compile_(module):
+        compiled.append(module)
+        module_compile(module, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    evaluate.compile_parts(tiny)
+    assert len(compiled) == 7
+    [(_, got)] = evaluate.class_scores(tiny, image, text, sliding=False, chunk=20)
+    torch.testing.assert_close(got, expected)

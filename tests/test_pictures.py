@@ -193,47 +193,26 @@ def test_no_tick_says_minus_nothing(tmp_path, figures, x):
     assert texts and not [text for text in texts if re.fullmatch(r"[-−]0(\.0*)?", text)]
 
 
-def test_differences_of_one_seed_and_of_many(tmp_path, figures):
-    many = {"mean": 1.5, "low": -2.0, "high": 5.0, "above": 2, "n": 2, "each": [1.0, 2.0]}
-    one = {"mean": 1.0, "low": None, "high": None, "above": 1, "n": 1, "each": [1.0]}
-    panels = {score: {"many": many, "one": one} for score in ("seen", "unseen")}
-    pictures.differences(tmp_path / "plot.png", panels)
-    for ax in figures[0].axes:
-        dots, interval, lone_dot, no_interval, _ = (line.get_xydata() for line in ax.get_lines())
-        assert dots.tolist() == [[1, 0], [2, 0]] and lone_dot.tolist() == [[1, 1]]
-        assert interval.tolist() == [[-2, 0], [1.5, 0], [5, 0]]
-        assert np.isnan(no_interval[[0, 2], 0]).all() and no_interval[1].tolist() == [1, 1]
-    names = [text.get_text() for text in figures[0].axes[0].get_yticklabels()]
-    assert names == ["many", "one"] and figures[0].axes[0].yaxis_inverted()
-
-
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_trade_off_is_means_and_errors_without_what_worlds_differ_by(tmp_path, figures, seeds):
-    rng = np.random.default_rng(0)
-    values = rng.normal(40, 5, (2, 2, seeds, 2))  # [methods,rates,seeds,2]
-
-    def row(name, scores):
-        keys = ("seen", "unseen")
-        means = {key: {"mean": mean} for key, mean in zip(keys, scores.mean(0))}
-        each = {seed: dict(zip(keys, one)) for seed, one in enumerate(scores)}
-        return {"row": name, "seeds": each, **means}
-
-    methods = {
-        name: [(rate, row(name, scores)) for rate, scores in zip(("0.1", "1"), of_method)]
-        for name, of_method in zip(("plain", "RPMD"), values)
-    }
-    start = row("CLIP", values[0, 0])
-    pictures.trade_off(tmp_path / "plot.png", methods, [start])
+def test_trade_off_is_means_and_errors_without_what_worlds_differ_by(tmp_path, figures):
+    values = np.random.default_rng(0).normal(40, 5, (5, 2, 3))  # [rows,2,seeds]
+    names = ["untrained CLIP", "plain, 0.1", "plain, 1", "RPMD, 0.1", "RPMD, 1"]
+    summaries = []
+    for name, (seen, unseen) in zip(names, values):
+        summaries.append({"row": name, "seen": {"each": seen}, "unseen": {"each": unseen}})
+    pictures.trade_off(tmp_path / "plot.png", summaries)
     (ax,) = figures[0].axes
-    assert [text.get_text() for text in ax.texts] == ["0.1", "1"] * 2
-    level = np.mean([values[m, r] for m in range(2) for r in range(2)], 0)
-    for m, container in enumerate(ax.containers):
+    assert [text.get_text() for text in ax.texts] == ["", "0.1", "1", "0.1", "1"]
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["untrained CLIP", "plain", "RPMD"]
+    level, row = values.mean(0), 0
+    for container in ax.containers:
         line, _, (across, up) = container
-        for r in range(2):
-            own = values[m, r] - level
-            error = own.std(0, ddof=1 if seeds > 1 else 0) / seeds**0.5
-            mean = values[m, r].mean(0)
-            np.testing.assert_allclose(line.get_xydata()[r], mean)
+        for r, point in enumerate(line.get_xydata()):
+            error = (values[row] - level).std(1, ddof=1) / 3**0.5
+            mean = values[row].mean(1)
+            np.testing.assert_allclose(point, mean)
             for bars, axis in ((across, 0), (up, 1)):
                 low, high = np.array(bars.get_segments()[r])[:, axis]
                 np.testing.assert_allclose([low, high], mean[axis] + [-error[axis], error[axis]])
+            row += 1
+    assert row == 5

@@ -502,8 +502,8 @@ def test_sigterm_finishes_the_step_and_writes_a_checkpoint(folder, tmp_path):
 
 
 def test_compiled_steps_equal_eager_ones(folder, tmp_path, go, monkeypatch):
-    """--compile, with passes that accumulate, a head that is recomputed and a resumed run. The model
-    is traced as one graph, which then runs as it is: generating C++ takes minutes (gpu.py does)."""
+    """--compile, with passes that accumulate, a head that is recomputed and a resumed run. The
+    model is traced as one graph, which runs as it is: generating C++ takes minutes (gpu.py does)."""
     compiled, module_compile = [], torch.nn.Module.compile
 
     def compile_(module):
@@ -511,6 +511,7 @@ def test_compiled_steps_equal_eager_ones(folder, tmp_path, go, monkeypatch):
         module_compile(module, backend="eager", fullgraph=True)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    monkeypatch.setenv("CXX", sys.executable)  # any program that is there
     flags = ("--accumulate", "2", "--recompute-head", "--tpa-steps", "0")
     go("compiled", *flags, "--compile", "--steps", "1")
     a, b = go("compiled", *flags, "--compile", "--steps", "2"), go("eager", *flags, "--steps", "2")

@@ -24,7 +24,7 @@ BACKGROUNDS = {"grass": (95, 135, 75), "sand": (200, 180, 140), "water": (95, 13
                "brick": (150, 105, 90)}
 OBJECTS = [f"{pattern} {colour}" for colour in COLOURS for pattern in PATTERNS]
 NAMES = OBJECTS + list(BACKGROUNDS)  # 48 objects, then 4 backgrounds: the index is the label
-SPLIT_SIZES = {"train": 256, "val": 160}
+SPLIT_SIZES = {"train": 256, "val": 480}
 
 
 def seen_objects(seed):

@@ -241,8 +241,9 @@ def markdown(summaries):
     """The table."""
     rows = [["", *METRICS, *(f"difference, {key}" for key in METRICS), "p of harmonic, Holm",
              "unseen better in", "reference share", "drift"]]
-    paired = [s for s in summaries if "against" in s]
-    corrected = iter(holm([s["against"]["harmonic"]["p"] for s in paired]))
+    claims = [s for s in summaries if "against" in s and s["row"] != UNTRAINED]
+    p = holm([s["against"]["harmonic"]["p"] for s in claims])
+    corrected = {s["row"]: f"{one:.3f}" for s, one in zip(claims, p)}
     for s in summaries:
         cells = [s["row"], *("{mean:.1f} ± {sd:.1f}".format(**s[key]) for key in METRICS)]
         pairs = [""] * 5
@@ -250,7 +251,7 @@ def markdown(summaries):
             pairs = ["{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(**interval)
                      for interval in s["against"].values()]
             better = "{above} of {n}".format(**s["against"]["unseen"])
-            pairs += [f"{next(corrected):.3f}", better]
+            pairs += [corrected.get(s["row"], ""), better]
         share = f"{s['share_before']['mean']:.2f} → {s['share_after']['mean']:.2f}"
         rows.append([*cells, *pairs, share, f"{s['drift']['mean']:.3f}"])
     return format_table(rows)
@@ -275,8 +276,8 @@ def tabulate(args):
     text += [
         "", "mIoU in per cent, mean ± standard deviation over seeds; mean paired difference to "
         f"{base} (of the same setting), with its 95 % interval, not corrected; p of the paired t "
-        "test, by Holm for the rows of this table; share of reference patches in training images "
-        "before and after, of the teacher where there is one; drift of reference patches in "
+        "test, by Holm for the trained rows of this table; share of reference patches in training "
+        "images before and after, of the teacher where there is one; drift of reference patches in "
         "validation images, 1 − cos.", ""]
     md, jsonl, png = (Path(args.out, f"{args.verb}.{kind}") for kind in ("md", "jsonl", "png"))
     lines = [json.dumps({"row": s["row"], "seed": seed, **run}) + "\n"

@@ -503,7 +503,7 @@ def test_sigterm_finishes_the_step_and_writes_a_checkpoint(folder, tmp_path):
 
 def test_compiled_steps_equal_eager_ones(folder, tmp_path, go, monkeypatch):
     """--compile, with passes that accumulate, a head that is recomputed and a resumed run. The
-    model is traced as one graph, which runs as it is: generating C++ takes minutes (gpu.py does)."""
+    model is traced as one graph, which runs as it is: generating C++ is slow (gpu.py does)."""
     compiled, module_compile = [], torch.nn.Module.compile
 
     def compile_(module):

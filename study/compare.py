@@ -197,12 +197,15 @@ def bases(rows, against):
 
 
 def matching(words, rows, flag):
-    """The rows with one of the words in their name, in the table's order."""
+    """The rows that words name: one of just this name, or all with the word in their name."""
+    found = set()
     for word in words:
-        if not any(word.casefold() in row.casefold() for row in rows):
+        named = {word} & rows.keys() or {row for row in rows if word.casefold() in row.casefold()}
+        if not named:
             raise UserError(f"{flag} {word}: no row has that in its name; they are "
                             f"{'; '.join(rows)}")
-    return [row for row in rows if any(word.casefold() in row.casefold() for word in words)]
+        found |= named
+    return [row for row in rows if row in found]
 
 
 def compare(args, rows):

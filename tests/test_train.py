@@ -155,7 +155,7 @@ def test_a_run(go, tmp_path):
     assert [l["step"] for l in steps] == [1, 2, 3, 4, 5, 6] and checkpoint["step"] == 6
     for l in steps:
         assert l["total_loss"] == pytest.approx(
-            l["segmentation_loss"] + 0.1 * l["spd_loss"] + 0.1 * l["cpa_loss"], rel=1e-5
+            l["segmentation_loss"] + 0.3 * l["spd_loss"] + 0.1 * l["cpa_loss"], rel=1e-5
         )
         assert {
             "reference_share",

@@ -1,28 +1,28 @@
 """The equations of reference patch momentum distillation, as functions of tensors.
 
-Each function computes one equation of the paper (Liu et al., "Reference patch momentum distillation
-for open-vocabulary semantic segmentation", Sci China Inf Sci 69(6):169101, 2026) literally on the
-tensors it is given. They know no module, no optimiser and no process group, they detach their own
-teacher, and none needs another: copy them one by one.
+The paper is Liu et al., "Reference patch momentum distillation for open-vocabulary semantic
+segmentation", Sci China Inf Sci 69(6):169101, 2026. These are plain functions of tensors: they use
+no module, no optimiser and no process group, stop gradients into their teacher themselves, and do
+not call each other, so that any one of them can be copied alone.
 
     B  images      L = H*W  patches of an image      K  classes      D  width of the joint embedding
     patches (V) [B,L,D], momentum_patches (V^M) [B,L,D], text (T) [K,D],
-    labels (G) [B,L]: a class of each patch, or `ignore`, the one label that means "no class here"
+    labels (G) [B,L]: the class of each patch, or `ignore` where there is none
 """
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = -1  # the default of `ignore`; negative, since datasets with many classes have a class 255
+IGNORE = -1  # the default of `ignore` below; not 255, which is a class of ADE20K-847 and PC-459
 
 
 @torch.no_grad()
 def patch_labels(pixel_labels, grid):
     """G: the label of each patch is the most frequent label of its pixels (our choice; the paper
-    does not say), `torch.mode` of them, except that ties go to the lowest label.
+    does not say). Ties go to the lowest label; `torch.mode` does not promise which one it takes.
 
     pixel_labels: integer [B,H,W]. grid: (rows, columns) of patches, which must divide H and W.
-    Returns [B,L], L = rows * columns. IGNORE counts as a label, and being -1 wins ties.
+    Returns [B,L], L = rows * columns. IGNORE counts as a label, and being -1 it wins ties.
     (test_patch_labels_equal_counting)
     """
     B, H, W = pixel_labels.shape
@@ -41,8 +41,8 @@ def reference_mask(patches, text, labels, ignore=-1):
     """Eq. (1): M_s = 1{argmax(V T^T) = G}, the patches whose feature already names the right class.
 
     patches [B,L,D], text [K,D], labels [B,L]. The argmax is over cosines. Returns bool [B,L], False
-    where labels are `ignore`. On momentum patches it finds the reference patches; on target
-    patches, the correctly predicted ones.
+    where labels are `ignore`. Of momentum patches it gives the reference patches; of the trained
+    encoder's own patches (the paper's target), those that are correctly predicted.
     """
     V = F.normalize(patches, dim=-1)
     T = F.normalize(text, dim=-1)
@@ -54,9 +54,9 @@ def spd_loss(patches, momentum_patches, mask, normalise=False):
     """Eq. (2), selective patch distillation: mean of ||V_p - V^M_p||^2 over the reference patches.
 
     patches, momentum_patches [B,L,D]; mask bool [B,L] from `reference_mask`. normalise: compare
-    unit vectors instead, as train.py does by default. Returns a scalar: the mean over the reference
-    patches of an image, then over the images that have one; 0 (with zero gradient) when none has.
-    No gradient reaches momentum_patches.
+    unit vectors, which Eq. (2) does not say and train.py does by default. Returns a scalar: the
+    mean over the reference patches of an image, then over the images that have one; 0 (with zero
+    gradient) when none has. No gradient reaches momentum_patches.
     """
     if not patches.shape == momentum_patches.shape == (*mask.shape, patches.shape[-1]):
         raise ValueError(f"momentum_patches {list(momentum_patches.shape)} and mask "
@@ -93,14 +93,15 @@ def class_prototypes(momentum_patches, class_masks):
 
 @torch.no_grad()
 def contrast_mask(valid, labels, correct, ignore=-1):
-    """Q of Eq. (5): the correctly predicted target patches whose class has a prototype.
+    """Q of Eq. (5): the correctly predicted patches whose class has a prototype in their image.
 
     valid [B,K] from `class_prototypes`; labels [B,L]; correct bool [B,L]: `reference_mask` of the
-    target patches. Returns bool [B,L].
+    trained encoder's patches. Returns bool [B,L].
     """
-    if labels.device.type == "cpu" and ((labels < ignore) | (labels >= valid.shape[1])).any():
-        raise ValueError(f"labels should lie in {ignore}..{valid.shape[1] - 1}")  # no wait on a GPU
-    return correct & (labels != ignore) & valid.gather(1, labels.clamp(min=0))
+    own_class = labels.masked_fill(labels == ignore, 0)  # [B,L]
+    if labels.device.type == "cpu" and not ((0 <= own_class) & (own_class < valid.shape[1])).all():
+        raise ValueError(f"labels should be {ignore} or lie in 0..{valid.shape[1] - 1}")
+    return correct & (labels != ignore) & valid.gather(1, own_class)
 
 
 def cpa_loss(patches, prototypes, valid, labels, correct, tau, ignore=-1):
@@ -108,19 +109,20 @@ def cpa_loss(patches, prototypes, valid, labels, correct, tau, ignore=-1):
     the others.
 
     patches [B,L,D]; prototypes [B,K,D] and valid bool [B,K] from `class_prototypes`; labels [B,L];
-    correct bool [B,L]: `reference_mask` of the target patches; tau: the temperature. Q is what
-    `contrast_mask` says; the denominator runs over the classes of the image that have a prototype.
+    correct bool [B,L]: `reference_mask` of these patches; tau: the temperature. Q is what
+    `contrast_mask` gives; the denominator runs over the classes with a prototype in the image.
     Returns a scalar: the mean over Q in each image, then over the images whose Q is not empty; 0
     (with zero gradient) when all are. No gradient reaches the prototypes.
     """
-    if labels.device.type == "cpu" and ((labels < ignore) | (labels >= valid.shape[1])).any():
-        raise ValueError(f"labels should lie in {ignore}..{valid.shape[1] - 1}")
+    own_class = labels.masked_fill(labels == ignore, 0)  # [B,L]
+    # asked on CPUs only: on a GPU the answer would be waited for
+    if labels.device.type == "cpu" and not ((0 <= own_class) & (own_class < valid.shape[1])).all():
+        raise ValueError(f"labels should be {ignore} or lie in 0..{valid.shape[1] - 1}")
     V = F.normalize(patches, dim=-1)
     P = F.normalize(prototypes.detach(), dim=-1)
     logits = torch.einsum("bld,bkd->blk", V, P) / tau  # [B,L,K]
     lowest = torch.finfo(logits.dtype).min  # not -inf: its softmax is NaN where no class is valid
     log_p = logits.masked_fill(~valid[:, None, :], lowest).log_softmax(-1)
-    own_class = labels.clamp(min=0)  # [B,L]; where labels are `ignore`, q is False
     log_p = log_p.gather(-1, own_class[..., None]).squeeze(-1)  # [B,L]
     q = correct & (labels != ignore) & valid.gather(1, own_class)
     per_image = -log_p.masked_fill(~q, 0).sum(-1) / q.sum(-1).clamp(min=1)  # [B]
@@ -133,7 +135,7 @@ def total_loss(seg, spd, cpa, lambda_spd, lambda_cpa):
 
 
 def segmentation_loss(logits, pixel_labels, ignored="negative", chunk=32, ignore=-1):
-    """L_SEG of CAT-Seg: sigmoid cross-entropy against one-hot labels, in the size of the labels:
+    """L_SEG of CAT-Seg: sigmoid cross-entropy against one-hot labels, at their resolution:
 
         z = F.interpolate(logits, (H, W), mode="bilinear")
         F.binary_cross_entropy_with_logits(z, one_hot(pixel_labels))

@@ -360,7 +360,26 @@ def test_arguments_that_do_not_fit_are_refused():
     prototypes, valid = class_prototypes(teacher, class_reference_masks(mask, labels, K))
     for label in (K, 255, -2):
         labels[0, 0] = label
-        with pytest.raises(ValueError, match=rf"labels should lie in -1\.\.{K - 1}"):
+        with pytest.raises(ValueError, match=rf"labels should be -1 or lie in 0\.\.{K - 1}"):
             contrast_mask(valid, labels, mask)
-        with pytest.raises(ValueError, match="labels should lie in"):
+        with pytest.raises(ValueError, match="labels should be"):
             cpa_loss(patches, prototypes, valid, labels, mask, TAU)
+
+
+def test_any_label_can_be_the_one_that_is_ignored():
+    """255 is the field's: the equations give the same as with -1."""
+    patches, teacher, text, labels = batch(4)
+    found = []
+    for ignore in (-1, 255):
+        own = labels.masked_fill(labels == -1, ignore)
+        mask, correct = (reference_mask(v, text, own, ignore) for v in (teacher, patches))
+        prototypes, valid = class_prototypes(teacher, class_reference_masks(mask, own, K))
+        q = contrast_mask(valid, own, correct, ignore)
+        cpa = cpa_loss(patches, prototypes, valid, own, correct, TAU, ignore)
+        logits = torch.stack([patches @ t for t in text], 1)[:, :, None]  # [B,K,1,L]
+        seg = [
+            segmentation_loss(logits, own[:, None], kind, ignore=ignore)
+            for kind in ("negative", "skip")
+        ]
+        found.append(torch.cat([mask.flatten(), q.flatten(), torch.stack([cpa, *seg])]))
+    assert (labels == -1).any() and torch.equal(*found)

@@ -11,8 +11,7 @@ An interrupted run goes on where it stopped when the same command is given again
 in --out, by default out/DATASET: log.jsonl (a line per logged step), last.pt (checkpoint),
 results.json, curves.png, examples.png.
 """
-import support.signals  # noqa: F401, first: it answers Ctrl-C while the rest is imported
-import contextlib
+import support.signals  # noqa: F401, first: it handles Ctrl-C during the slow imports
 import math
 import sys
 import time
@@ -36,33 +35,33 @@ from support.flags import (below_one, non_negative, non_negative_int, positive, 
                            probability)
 from tpa import pre_align
 
-# The paper states no numbers. "ours": chosen here, for the tiny CLIP by measurement.
+# The paper gives no hyperparameters. "ours": chosen here; all that differs with the tiny CLIP is,
+# and was tuned on toy worlds (docs/results.md). Nobody has tuned them for real CLIPs yet.
 CAT_SEG, MAFT, OURS = "CAT-Seg's", "MAFT+'s", "ours"
-RECIPE = {  # flag: default with a real CLIP, with --clip tiny, what it may be, whose, help
+RECIPE = {
+    # flag: (default with a real CLIP, with --clip tiny, what it may be, whose default, help)
     "steps": (80_000, 320, positive_int, CAT_SEG, "optimiser steps of joint training"),
-    "batch-size": (4, 4, positive_int, CAT_SEG, "images per step, over all processes"),
+    "batch-size": (4, 4, positive_int, CAT_SEG, "images per step of all GPUs, at least one each"),
     "lr": (2e-4, 2.5e-3, positive, CAT_SEG, "learning rate of the head"),
-    "clip-lr-factor": (0.01, 0.3, non_negative, CAT_SEG, "of CLIP's q and v, as a part of --lr"),
+    "clip-lr-factor": (0.01, 0.3, non_negative, CAT_SEG, "CLIP's learning rate divided by --lr"),
     "weight-decay": (1e-4, 1e-4, non_negative, CAT_SEG, "of AdamW, 0 on norms"),
     "clip-grad": (0.01, 0.1, positive, CAT_SEG, "largest norm of the gradient"),
     "image-size": (384, 64, positive_int, CAT_SEG, "side of the training crops"),
     "channels": (128, 32, positive_int, CAT_SEG, "width of the head"),
-    "prior": (0.0, 0.08, below_one, OURS, "frequency of a class the head starts from, 0: none"),
-    "jitter": (1.0, 0.2, non_negative, CAT_SEG, "strength of the colour jitter, 1 is SSD's"),
+    "prior": (0.0, 0.08, below_one, OURS, "initial probability of each class, 0: about 0.5"),
+    "jitter": (1.0, 0.2, non_negative, CAT_SEG, "strength of the colour jitter, 1 as in SSD"),
     "lambda-spd": (1.0, 0.3, non_negative, OURS, "weight of SPD, Eq. (6)"),
     "lambda-cpa": (1.0, 0.1, non_negative, OURS, "weight of CPA, Eq. (6)"),
     "lambda-pooled": (0.1, 0.1, non_negative, MAFT, "weight of --distill pooled"),
     "tau": (0.1, 0.1, positive, OURS, "temperature of CPA, Eq. (5)"),
     "alpha": (0.999, 0.99, probability, OURS, "momentum of the momentum encoder"),
-    "tpa-steps": (200, 10, non_negative_int, OURS, "of text-to-patch pre-alignment, 0: off"),
-    "tpa-lr": (2e-6, 5e-4, positive, OURS, "learning rate of that"),
+    "tpa-steps": (200, 10, non_negative_int, OURS, "steps of text-to-patch pre-alignment, 0: off"),
+    "tpa-lr": (2e-6, 5e-4, positive, OURS, "learning rate of text-to-patch pre-alignment"),
     "log-every": (50, 10, positive_int, OURS, "steps between lines in log.jsonl"),
     "eval-every": (10_000, 100, non_negative_int, OURS, "steps between evaluations, 0: at the end"),
     "save-every": (1000, 100, non_negative_int, OURS, "steps between checkpoints, 0: at the end"),
-    "snapshot-every": (0, 0, non_negative_int, OURS, "steps between weights alone, 0: none"),
+    "snapshot-every": (0, 0, non_negative_int, OURS, "steps between files of weights, 0: none"),
 }
-FIGURES = ("segmentation_loss", "spd_loss", "cpa_loss", "pooled_loss", "total_loss",
-           "reference_patches", "labelled_patches", "contrast_patches")  # summed over a step
 
 
 def parse(argv=None):
@@ -70,10 +69,11 @@ def parse(argv=None):
 
 
 def step_losses(model, momentum, images, pixel_labels, tokens, args):
-    """RPMD, top to bottom as in the paper's Figure 1, for one pass.
+    """RPMD, top to bottom as in the paper's Figure 1, on one micro-batch.
 
     model: Segmenter, or DDP around one. momentum: a MomentumEncoder; with an alpha of 1 this is
-    --distill frozen. Returns L_total, and the numbers that FIGURES names, of this process.
+    --distill frozen. Returns L_total, and for the log its terms and numbers of patches, all of this
+    process.
     """
     with runs.autocast(images.device, args.precision):
         logits, patches, text = model(images, tokens)  # [B,K,4H,4W], V [B,L,D], T [K,D]
@@ -95,28 +95,32 @@ def step_losses(model, momentum, images, pixel_labels, tokens, args):
     counts = [counted_pixels(pixel_labels, args), mask.any(-1).sum(), q.any(-1).sum()]
     seg, spd, cpa = weigh_by_process([seg, spd, cpa], counts)
     loss = total_loss(seg, spd, cpa, args.lambda_spd, args.lambda_cpa)  # Eq. (6)
-    labelled, zero = (labels != IGNORE).sum(), torch.zeros_like(seg)
-    figures = torch.stack([seg, spd, cpa, zero, loss, mask.sum(), labelled, q.sum()])
-    return loss, figures.detach().double()
+    figures = dict(segmentation_loss=seg, spd_loss=spd, cpa_loss=cpa, total_loss=loss,
+                   reference_patches=mask.sum(), labelled_patches=(labels != IGNORE).sum(),
+                   contrast_patches=q.sum())
+    return loss, figures
 
 
 def rival_losses(model, original, images, pixel_labels, tokens, args):
-    """The same for what RPMD is compared with: plain CAT-Seg (--distill none), and MAFT+'s pooled
-    distillation from the original CLIP (pooled). They know no reference patches: patches are logged
-    that the target names rightly."""
-    grid = unwrap(model).grid
+    """The same of what RPMD is compared with: plain CAT-Seg (--distill none), and MAFT+'s pooled
+    distillation from the CLIP that training began with (pooled). They have no reference patches:
+    the patches logged as such are those that the trained encoder predicts correctly."""
     with runs.autocast(images.device, args.precision):
         logits, patches, text = model(images, tokens)
-        original_patches = original(images)[0] if args.distill == "pooled" else patches
+    patches, grid = patches.float(), unwrap(model).grid
     seg = segmentation_loss(logits.float(), pixel_labels, args.ignored)
     [seg] = weigh_by_process([seg], [counted_pixels(pixel_labels, args)])
-    pooled = pooled_loss(patches.float(), original_patches.float(), grid)  # 0 for none
+    pooled = torch.zeros_like(seg)
+    if args.distill == "pooled":
+        with runs.autocast(images.device, args.precision):
+            original_patches, _ = original(images)
+        pooled = pooled_loss(patches, original_patches.float(), grid)
     loss = seg + args.lambda_pooled * pooled
     labels = patch_labels(pixel_labels, grid)
-    correct = reference_mask(patches.float(), text.float(), labels)
-    labelled, zero = (labels != IGNORE).sum(), torch.zeros_like(seg)
-    figures = torch.stack([seg, zero, zero, pooled, loss, correct.sum(), labelled, zero])
-    return loss, figures.detach().double()
+    correct = reference_mask(patches, text.float(), labels)
+    figures = dict(segmentation_loss=seg, pooled_loss=pooled, total_loss=loss,
+                   reference_patches=correct.sum(), labelled_patches=(labels != IGNORE).sum())
+    return loss, figures
 
 
 def unwrap(model):
@@ -127,15 +131,16 @@ def counted_pixels(pixel_labels, args):
     """How many pixels L_SEG is a mean over."""
     if args.ignored == "skip":
         return (pixel_labels != IGNORE).sum()
-    return torch.full((), pixel_labels.numel(), device=pixel_labels.device)  # without a wait
+    return torch.full((), pixel_labels.numel(), device=pixel_labels.device)
 
 
 def weigh_by_process(losses, counts):
-    """Scale each loss so that the mean over processes, which DDP takes of gradients, is the
-    gradient on the joined batch.
+    """Scale each loss so that DDP's mean of gradients over processes is the gradient of the loss on
+    the joined batch.
 
-    A loss is a mean over what counts in it: pixels, images with a reference patch, images whose Q
-    is not empty. A process may have more of these than another, so its mean weighs its share.
+    A loss is a mean over the process's own N items: pixels, images with a reference patch, images
+    whose Q is not empty. N differs between processes, so each mean is multiplied by its N over the
+    average N.
     """
     if not dist.is_initialized():
         return losses
@@ -158,7 +163,7 @@ class Run:
         self.last = self.out / "last.pt"
         self.log = runs.Log(self.out / "log.jsonl", self.rank)
         self.step = 0
-        self.facts = {}  # what was found before joint training
+        self.facts = {}  # scores and shares of reference patches from before joint training
 
         self.train_set = data.open_dataset(args.dataset, args.data_root, "train", args.classes,
                                            args.unseen)
@@ -171,7 +176,7 @@ class Run:
         self.crops = data.TrainingCrops(self.train_set, args.image_size, args.seed, args.jitter)
 
         self.model = build_model(args, self.rank).to(self.device)
-        if args.compile:  # training's passes: evaluation calls the parts of the model by themselves
+        if args.compile:  # its forward(); evaluation calls the encoders and the head by themselves
             runs.compile_forward(self.model)
             self.say("--compile: the first step takes minutes, until the model is compiled")
         self.tokens = self.model.tokenize(self.train_set.names)
@@ -184,7 +189,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
 
     def keep_original(self):
-        """Keep CLIP as it is now: its image encoder, its T, and the weights that train."""
+        """Keep CLIP as training begins with it: its image encoder, its T, and what trains of it."""
         self.original = frozen_copy(self.model.image_encoder)
         with torch.no_grad():
             self.original_text = self.model.encode_text(self.model.tokenize(self.val_set.names))
@@ -208,11 +213,11 @@ def build_model(args, rank):
         pretrained = tiny_clip.prepare(args, rank)
     torch.manual_seed(args.seed)  # the head's initial weights
     model = weights.build(args.clip, pretrained, args.image_size, args.channels)
+    if args.prior:
+        nn.init.constant_(model.head.logit.bias, math.log(args.prior / (1 - args.prior)))
     if args.init_cat_seg:
         weights.load_into(model, args.init_cat_seg)
     model.set_trained(args.adapt)
-    if args.prior:
-        nn.init.constant_(model.head.logit.bias, math.log(args.prior / (1 - args.prior)))
     model.head.recompute = args.recompute_head
     return model
 
@@ -266,55 +271,45 @@ def joint_training(run):
     if run.world > 1:
         model = nn.parallel.DistributedDataParallel(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    passes = args.accumulate
-    size = args.batch_size // run.world // passes
-    batches = iter(run.batches(run.crops, run.step * passes, args.steps * passes, size))
-    bar = tqdm(range(run.step + 1, args.steps + 1), "training", args.steps, initial=run.step,
-               disable=run.rank > 0)
+    parts = args.accumulate  # micro-batches of a step
+    size = args.batch_size // run.world // parts  # images of a micro-batch
+    batches = iter(run.batches(run.crops, run.step * parts, args.steps * parts, size))
+    bar = tqdm(range(run.step + 1, args.steps + 1), desc="training", total=args.steps,
+               initial=run.step, disable=run.rank > 0)
     for step in bar:
         run.step = step
         begin = time.time()
-        model.train()
+        model.train()  # evaluation has switched it
         set_learning_rate(optimiser, step - 1, args.steps)
-        figures = torch.zeros(len(FIGURES), dtype=torch.float64, device=run.device)
-        paths = []
-        for i in range(passes):
+        figures, paths = {}, []
+        for part in range(1, parts + 1):
             images, pixel_labels, files = next(batches)
             images = images.to(run.device, non_blocking=True)
             pixel_labels = pixel_labels.to(run.device, non_blocking=True)
-            with sync_gradients(model, i + 1 == passes):
-                loss, found = losses_of(model, momentum, images, pixel_labels, run.tokens, args)
-                scaler.scale(loss / passes).backward()
-            figures += found
+            if run.world > 1:  # asked in forward too; until the last part, gradients stay local
+                model.require_backward_grad_sync = part == parts
+            loss, found = losses_of(model, momentum, images, pixel_labels, run.tokens, args)
+            scaler.scale(loss / parts).backward()
+            progress.add_up(figures, found)
             paths += files
         scaler.unscale_(optimiser)
         grad_norm = nn.utils.clip_grad_norm_(trained, args.clip_grad).item()
-        runs.refuse_non_finite(run, FIGURES, figures, grad_norm, paths)
-        scaler.step(optimiser)
+        runs.refuse_non_finite(run, figures, grad_norm, paths)
+        scaler.step(optimiser)  # under fp16 it skips the step if a gradient is not finite
         scaler.update()
         optimiser.zero_grad()
-        if momentum and math.isfinite(grad_norm):  # not so where fp16's scaler skipped the step
+        if momentum and math.isfinite(grad_norm):
             momentum.update()  # E^M = alpha E^M + (1 - alpha) E
 
         if runs.due(args.log_every, step) or step == args.steps:
-            seconds = time.time() - begin
-            shown = progress.log_step(run, FIGURES, figures, grad_norm, seconds)
-            bar.set_postfix(shown)
-        stop = runs.anyone(run.interruption.asked)
+            bar.set_postfix(progress.log_step(run, figures, grad_norm, time.time() - begin))
+        stop = runs.anyone(run.interruption.asked)  # Ctrl-C or SIGTERM, in any process
         if stop or checkpoints.is_due(run):
             checkpoints.save(run)
         if stop:
             return True
         progress.evaluate_if_due(run)
     return False
-
-
-def sync_gradients(model, last):
-    """Around forward (where DDP decides it) and backward: average gradients over processes in the
-    last micro-batch of a step only; until then they add up."""
-    if last or unwrap(model) is model:
-        return contextlib.nullcontext()
-    return model.no_sync()
 
 
 def train(args):
@@ -328,7 +323,7 @@ def train(args):
     checkpoints.check_space(run)
     with run.interruption.immediate(False):
         checkpoints.save(run)
-        progress.evaluate_if_due(run)  # where it was cut short
+        progress.evaluate_if_due(run)  # if the run was interrupted in the middle of one
         stopped = joint_training(run)
     if stopped:
         run.say(f"stopped after step {run.step} as asked; the same command goes on from {run.last}"

@@ -51,23 +51,30 @@ def measure(run, momentum):
             "reference_drift": max(0.0, drift / max(1, of_original))}
 
 
-def log_step(run, names, figures, grad_norm, seconds):
+def add_up(figures, found):
+    """Add what a micro-batch gave, {name: scalar}, to the figures of its step."""
+    for name, value in found.items():
+        figures[name] = figures.get(name, 0) + value.detach().double()
+
+
+def log_step(run, figures, grad_norm, seconds):
     """A line of log.jsonl, over all processes: means of losses, counts of patches. Returns what the
     progress bar shows of it."""
+    sums = torch.stack(list(figures.values()))
     if run.world > 1:
-        dist.all_reduce(figures)
-    line = dict(zip(names, figures.tolist()))
-    for name in names:
+        dist.all_reduce(sums)
+    line = dict(zip(figures, sums.tolist()))
+    for name in figures:
         if name.endswith("_loss"):
             line[name] /= run.world * run.args.accumulate
-    line["contrast_patches"] = int(line["contrast_patches"])
     line["reference_share"] = line.pop("reference_patches") / max(1, line.pop("labelled_patches"))
     rates = {group["name"]: group["lr"] for group in run.optimiser.param_groups}
     run.log.append(step=run.step, **line, lr=rates["head"], lr_clip=rates.get("clip", 0.0),
                    grad_norm=grad_norm, seconds=round(seconds, 3),
                    memory_gb=runs.peak_memory(run.device))
-    return dict(seg=line["segmentation_loss"], spd=line["spd_loss"], cpa=line["cpa_loss"],
-                ref=line["reference_share"])
+    shown = dict(seg="segmentation_loss", spd="spd_loss", cpa="cpa_loss", pooled="pooled_loss",
+                 ref="reference_share")
+    return {short: line[name] for short, name in shown.items() if name in line}
 
 
 def evaluate_if_due(run):

@@ -102,11 +102,12 @@ def autocast(device, precision):
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def refuse_non_finite(run, names, figures, grad_norm, paths):
+def refuse_non_finite(run, figures, grad_norm, paths):
     """Under fp16 an infinite gradient is the scaler's to skip; an infinite loss is nobody's."""
-    if figures.isfinite().all() and (math.isfinite(grad_norm) or run.scaler.is_enabled()):
+    sums = torch.stack(list(figures.values()))
+    if sums.isfinite().all() and (math.isfinite(grad_norm) or run.scaler.is_enabled()):
         return
-    terms = [name for name, n in zip(names, figures.tolist())
+    terms = [name for name, n in zip(figures, sums.tolist())
              if not math.isfinite(n) and name != "total_loss"]
     what = " and ".join(terms) or "the gradient, not the losses of this process,"
     raise UserError(f"step {run.step}: {what} became NaN or infinite; images {', '.join(paths)}; "

@@ -122,7 +122,7 @@ def test_a_step_is_figure_1(tiny):
             ]
             cpa.append(sum(terms) / len(terms))
             in_q += len(terms)
-    figures = dict(zip(train.FIGURES, figures.tolist()))
+    figures = {name: value.item() for name, value in figures.items()}
     assert figures["spd_loss"] == pytest.approx(sum(spd).item() / 2, rel=1e-4)
     assert figures["cpa_loss"] == pytest.approx(sum(cpa).item() / 2, rel=1e-4)
     assert figures["reference_patches"] == right_M.sum() and figures["contrast_patches"] == in_q

@@ -5,10 +5,11 @@ import torch
 
 
 def frozen_copy(encoder):
-    """A second encoder, as `encoder` (any nn.Module) is now, in eval mode, without gradients.
+    """A copy of `encoder` (any nn.Module) as it is now, in eval mode, without gradients.
 
-    Parameters that do not train can't come to differ, so both share them; the copy owns the others,
-    and the buffers. Of CLIP-V, where only q and v train, it takes a sixth of the memory."""
+    Parameters without requires_grad never change, so the copy shares them with `encoder`; it owns
+    the others, and the buffers: of CLIP-V, whose q and v train, a sixth. Choose what trains before
+    calling this: what is unfrozen later would change in the copy too."""
     shared = {id(p): p for p in encoder.parameters() if not p.requires_grad}
     return copy.deepcopy(encoder, shared).eval().requires_grad_(False)
 
@@ -16,9 +17,10 @@ def frozen_copy(encoder):
 class MomentumEncoder:
     """E^M of the paper: E^M = alpha * E^M + (1 - alpha) * E, starting as a copy of E.
 
-    encoder: E, any nn.Module. alpha: the momentum, in [0, 1]; 1 keeps E^M as it is: a frozen
-    teacher. Calling it runs E^M, without a graph, and returns what E returns. It is no nn.Module
-    itself, so that no optimiser and no DDP can find it.
+    encoder: E, the encoder that is trained (the paper's target; here the average follows it), any
+    nn.Module. alpha: the momentum, in [0, 1]; with 1, E^M stays as it is: a frozen teacher. Calling
+    it runs E^M without a graph and returns what E returns. On purpose it is no nn.Module, so that
+    neither the optimiser nor DDP sees its parameters.
     """
 
     def __init__(self, encoder, alpha):
@@ -42,13 +44,13 @@ class MomentumEncoder:
             average.copy_(target)
 
     def own_tensors(self):
-        """{name: tensor} of what E^M does not share with the target."""
+        """{name: tensor} of what E^M does not share with E."""
         shared = {id(p) for p in self.target.parameters()}
         named = [*self.average.named_parameters(), *self.average.named_buffers()]
         return {name: tensor.data for name, tensor in named if id(tensor) not in shared}
 
     def state_dict(self):
-        """Its own tensors by name, and alpha. The shared ones belong to the target's checkpoint."""
+        """Its own tensors by name, and alpha. The shared ones are in E's state."""
         return {"alpha": self.alpha, "tensors": self.own_tensors()}
 
     def load_state_dict(self, state):

@@ -6,8 +6,8 @@
                                                    aggregate, decode --> logits [B,K,4H,4W]
 
 `Segmenter.forward` composes these steps, and each can be called alone. The result is CAT-Seg's to
-rounding (test_equals_cat_seg_written_literally). Where a shortcut gives it for less, the obvious
-line is in the docstring.
+rounding (test_equals_cat_seg_written_literally). Where the code is faster than the obvious line,
+that line is in the docstring.
 
 B images, L = H*W patches, K classes, D width of the joint embedding, C = 128 channels of the head.
 """
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 PROMPT = "A photo of a {} in the scene"  # CAT-Seg's
 make_tokenizer = functools.cache(open_clip.tokenizer.SimpleTokenizer)
-MAX_CLASSES = 256  # the head looks at this many classes of an image; the others get -100
+MAX_CLASSES = 256  # of an image, that the head looks at; the logits of any further ones are -100
 TINY = dict(  # the toy world's CLIP: small enough to pre-train in a minute or two
     embed_dim=128,
     vision_cfg=dict(image_size=64, patch_size=8, width=128, layers=4, head_width=32,
@@ -32,7 +32,7 @@ TINY = dict(  # the toy world's CLIP: small enough to pre-train in a minute or t
 
 class Attention(nn.Module):
     """nn.MultiheadAttention with its packed in_proj_weight split in three, so that q and v can
-    train while k stays: under a gradient mask, weight decay would still shrink k.
+    train while k does not. (Masking k's gradient would not do: weight decay would still change it.)
     """
 
     def __init__(self, packed):
@@ -64,8 +64,9 @@ class Attention(nn.Module):
 
 
 def mlp(up, activation, down, x):
-    """down(activation(up(x))). The activation is not kept for the backward pass but computed again:
-    half of a block's memory, for next to no work."""
+    """down(activation(up(x))). The activation is not kept for the backward pass but computed again,
+    which halves a block's memory for next to no work. (down's parameters are arguments so that
+    torch.func.functional_call can replace them.)"""
     def rest(hidden, weight, bias):
         return F.linear(activation(hidden), weight, bias)
 
@@ -83,9 +84,9 @@ def run_block(block, x, causal=False):
 def run_dense_block(block, x, class_token_residual):
     """CLIP's last block read densely: no token looks at another. x [B,1+L,width] -> the same.
 
-    h = out_proj(v_proj(ln_1(x))) + x[:, :1], then h + mlp(ln_2(h)): the class token's residual is
-    added everywhere. class_token_residual=False: each position's own, for a CLIP that pools by
-    averaging, whose class token means nothing.
+    h = out_proj(v_proj(ln_1(x))) + x[:, :1], then h + mlp(ln_2(h)): as in CAT-Seg, the residual of
+    the class token is added at every position. class_token_residual=False: each position's own, for
+    a CLIP that pools by averaging, whose class token means nothing.
     """
     residual = x[:, :1] if class_token_residual else x
     x = residual + block.ls_1(block.attn.value(block.ln_1(x)))
@@ -110,8 +111,9 @@ class ImageEncoder(nn.Module):
         self.grid = self.input_size // patch_size
 
     def forward(self, images):
-        """images [B,3,S,S], normalised -> patches [B,L,D], middle features: the patch tokens after
-        one and after two thirds of the blocks, each [B,width,H,W]."""
+        """images [B,3,S,S] with CLIP's mean and standard deviation -> patches [B,L,D], not of unit
+        length; middle features: the patch tokens after one and after two thirds of the blocks, each
+        [B,width,H,W]."""
         visual = self.visual
         blocks = visual.transformer.resblocks
         if images.shape[-1] != self.input_size:
@@ -155,8 +157,8 @@ class TextEncoder(nn.Module):
         self.context_length = clip.context_length
 
     def forward(self, tokens):
-        """tokens [K,n] -> text embeddings [K,D], normalised. Attention is causal, so nothing after
-        the end token (the highest id) matters, and n need not be the full context."""
+        """tokens [K,n] -> text embeddings [K,D], of unit length. Attention is causal, so nothing
+        after the end token (the highest id) matters, and n need not be the full context."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         for block in self.transformer.resblocks:
             x = run_block(block, x, causal=True)  # [K,n,width]
@@ -174,8 +176,8 @@ def tokenize(names, context_length=77, prompt=PROMPT):
 
 
 def linear_split(linear, x, guidance):
-    """linear(cat([x, guidance], -1)) without the concatenation: x [B,K,...,C]; guidance broadcasts
-    over what it is the same for, so it is projected once for all of that."""
+    """linear(cat([x, guidance], -1)) without the concatenation. x [B,K,...,C]; guidance has 1 in
+    place of the axes over which it is the same, and is projected once for all of these."""
     of_x, of_guidance = linear.weight.split(x.shape[-1], 1)
     return F.linear(x, of_x) + F.linear(guidance, of_guidance, linear.bias)
 
@@ -289,8 +291,8 @@ class ClassAggregation(nn.Module):
         return x + y
 
     def attend(self, x, guidance):
-        """q (k^T v) / (q (sum of k)) of x [B,K,h,w,C] over its K classes, padded to 256, with
-        q, k = elu(linear([x, guidance])) + 1 and v = linear(x). -> [B,K,h,w,C]."""
+        """q (k^T v) / (q (sum of k)) over the K classes of x [B,K,h,w,C], padded to 256, with
+        q, k = elu(linear(cat([x, guidance], -1))) + 1 and v = linear(x). Returns [B,K,h,w,C]."""
         q = self.feature_map(linear_split(self.q, x, guidance))  # [B,K,h,w,heads,C/heads]
         k = self.feature_map(linear_split(self.k, x, guidance))
         v = self.v(x).unflatten(-1, (self.heads, -1))
@@ -307,8 +309,8 @@ class ClassAggregation(nn.Module):
     def padding(self, K, length):
         """What padding adds to the sums of k^T v [heads,C/heads,C/heads] and of k [heads,C/heads].
 
-        CAT-Seg appends 256 - K copies of a learned token to the class axis. They are all alike, so
-        the sum over them is one outer product times their number.
+        CAT-Seg appends 256 - K copies of a learned token to the class axis. As they are equal, the
+        sum over them is one outer product times their number.
         """
         copies = max(MAX_CLASSES - K, 0)
         token = self.norm1(self.padding_token)
@@ -353,8 +355,11 @@ class Upsample(nn.Module):
 class Head(nn.Module):
     """Cosines of patches and texts [B,K,H,W] to logits [B,K,4H,4W].
 
-    D: width of the joint embedding; width: of the image encoder; grid: patches a side; C: channels.
-    recompute: forget the widest activations and compute them again in the backward pass.
+    D: width of the joint embedding; width: of the image encoder; grid: patches a side, an even
+    number; C: channels. recompute: forget the widest activations and compute them again in the
+    backward pass. What else the project knows of a head: `aggregate` and `decode`, which
+    `Segmenter.compute_logits` calls; the bias of `logit`, on which --prior is set; and that
+    parameters with "norm" in their name get no weight decay.
     """
 
     def __init__(self, D, width, grid, C=128, layers=2):
@@ -402,8 +407,8 @@ class Head(nn.Module):
         return self.logit(x).unflatten(0, (B, K)).squeeze(2)
 
     def per_class(self, f, x, *guidance, chunk=16):
-        """f(x, *guidance), where f treats the classes of x [B,K,...] alike: in chunks of classes
-        when activations need not all live."""
+        """f(x, *guidance), where f treats each class of x [B,K,...] by itself: in chunks of
+        classes, to bound memory, unless all activations are kept for a backward pass."""
         if not torch.is_grad_enabled():
             return torch.cat([f(some, *guidance) for some in x.split(chunk, 1)], 1)
         if self.recompute:
@@ -434,11 +439,11 @@ class Segmenter(nn.Module):
         return tokenize(names, context, prompt).to(self.logit_scale.device)
 
     def encode_image(self, images):
-        """images [B,3,S,S], normalised -> patches V [B,L,D], middle features for `Head.decode`."""
+        """images [B,3,S,S] -> patches V [B,L,D], middle features for `Head.decode`."""
         return self.image_encoder(images)
 
     def encode_text(self, tokens):
-        """tokens [K,n] -> T [K,D], normalised."""
+        """tokens [K,n] -> T [K,D], of unit length."""
         return self.text_encoder(tokens)
 
     def cost(self, patches, text):
@@ -458,8 +463,8 @@ class Segmenter(nn.Module):
         image = torch.arange(len(kept), device=kept.device)[:, None]  # [B,1], pairs with kept
         features = self.head.aggregate(cost[image, kept], patches, text[image, kept])
         logits = self.head.decode(features, middle)  # [B,256,4H,4W]
-        everywhere = logits.new_full((*cost.shape[:2], *logits.shape[2:]), -100.0)
-        return everywhere.index_put((image, kept), logits)
+        all_logits = logits.new_full((*cost.shape[:2], *logits.shape[2:]), -100.0)
+        return all_logits.index_put((image, kept), logits)
 
     def forward(self, images, tokens):
         """images [B,3,S,S], tokens [K,n] -> logits [B,K,4H,4W], patches [B,L,D], text [K,D]."""
@@ -469,7 +474,7 @@ class Segmenter(nn.Module):
 
     def set_trained(self, adapt):
         """Choose what trains: the head, and the q and v weights of the encoders that `adapt` names:
-        both, visual, text, none. The last visual block never uses its q: that stays frozen."""
+        both, visual, text or none; but not the last visual block's q, which is never used."""
         if adapt not in ("both", "visual", "text", "none"):
             raise ValueError(f"adapt is both, visual, text or none, not {adapt!r}")
         self.requires_grad_(False)

@@ -11,8 +11,8 @@ def alignment_loss(patches, text, labels, scale):
     """Cross-entropy of scale * cos(V, T) against G, summed over the labelled patches.
 
     patches [B,L,D], text [K,D], labels [B,L]. Returns (sum, number of labelled patches). The paper
-    gives no formula for this stage; this one is ours: what CLIP's own training does to images and
-    captions, done to patches and names.
+    gives no formula for this stage; this one is ours: CLIP's classification loss, with patches in
+    place of images and class names in place of captions.
     """
     V = F.normalize(patches.detach(), dim=-1)
     T = F.normalize(text, dim=-1)
@@ -23,11 +23,11 @@ def alignment_loss(patches, text, labels, scale):
 
 
 def pre_align(model, tokens, batches, lr, device):
-    """Adapt the text encoder's trained parameters, one optimiser step per batch, and nothing else.
+    """Train the text encoder's q and v alone, one optimiser step per batch.
 
-    batches: (images, pixel_labels, paths), this process's share of each step's batch. The visual
-    encoder is frozen and runs without a graph. AdamW without weight decay; the learning rate falls
-    linearly to 0. Returns the last loss.
+    batches: (images, pixel_labels, paths), this process's share of each step's batch; at least one.
+    The visual encoder is frozen and runs without a graph. AdamW in float32, without weight decay
+    and clipping; the learning rate falls linearly to 0. Returns the last loss.
     """
     params = [p for p in model.text_encoder.parameters() if p.requires_grad]
     if not params:

@@ -98,6 +98,11 @@ def example_sheet(model, original, original_text, momentum, dataset, sliding, co
     return drawing.grid(titles, rows, drawing.legend_entries(names, *label_maps))
 
 
+def mean(values):
+    """The mean of a vector as a number, None of an empty one."""
+    return values.double().mean().item() if len(values) else None
+
+
 def dispersion(sums, counts):
     """(Intra-class variance, inter-class separation) of unit vectors, from their sums [K,D] and
     counts [K] by class; None without a class, the latter also with a single one.
@@ -106,12 +111,8 @@ def dispersion(sums, counts):
     classes; with u the mean of a class's vectors, that is 1 - |u|. Separation: 1 - cos between two
     classes' mean directions, averaged over pairs."""
     means = sums[counts > 0] / counts[counts > 0, None]  # [n,D]
-    n = len(means)
-    variance = (1 - means.norm(dim=-1)).mean().item() if n else None
-    if n < 2:
-        return variance, None
-    cosines = F.normalize(means, dim=-1) @ F.normalize(means, dim=-1).T  # [n,n]
-    return variance, 1 - ((cosines.sum() - cosines.diagonal().sum()) / (n * (n - 1))).item()
+    distances = F.pdist(F.normalize(means, dim=-1))  # of unit vectors: its square is 2 - 2 cos
+    return mean(1 - means.norm(dim=-1)), mean(distances.square() / 2)
 
 
 @torch.no_grad()
@@ -128,8 +129,8 @@ def shift_statistics(model, original, original_text, dataset, desc="patches"):
     ..._separation: see `dispersion`; a class name's texts are its PROMPTS."""
     names, K, evaluated = dataset.names, len(dataset.names), len(dataset.evaluated)
     text = model.encode_text(model.tokenize(names))
-    sums, counts, patch_sums = (torch.zeros(size, dtype=torch.float64, device=text.device)
-                                for size in ((4, 2), K, text.shape))
+    patch_sums, counts = torch.zeros_like(text, dtype=torch.float64), 0
+    found = []
     for _, _, view, labels in views(model, dataset, desc):
         known = labels != IGNORE  # [1,L]
         labels = labels[known]  # [n]
@@ -140,15 +141,11 @@ def shift_statistics(model, original, original_text, dataset, desc="patches"):
         first_guess = nearest_class(first, original_text, evaluated)
         right, reference = guess == labels, first_guess == labels
         noisy = ~reference & (first_guess == here.argmax())
-        contaminated = ~right & (guess == here.argmax())
-        sums += torch.stack([
-            shift[reference].sum(), reference.sum(), shift[noisy].sum(), noisy.sum(),
-            contaminated.sum(), (~right).sum(), right.sum(), known.sum()]).view(4, 2)
+        found.append((shift[reference], shift[noisy], (guess == here.argmax())[~right], right))
         patch_sums.index_add_(0, labels, F.normalize(patches, dim=-1).double())
-        counts += here
-    reference, noisy, contamination, right_share = (
-        total / number if number else None for total, number in sums.tolist())
-    shift_text = (1 - F.cosine_similarity(text, original_text, dim=-1)).clamp(min=0).mean().item()
+        counts = counts + here
+    reference, noisy, contamination, right_share = (mean(torch.cat(one)) for one in zip(*found))
+    shift_text = mean((1 - F.cosine_similarity(text, original_text, dim=-1)).clamp(min=0))
     patch_variance, patch_separation = dispersion(patch_sums, counts)
     texts = (model.encode_text(model.tokenize(names, prompt)) for prompt in PROMPTS)
     text_sums = sum(F.normalize(vectors, dim=-1).double() for vectors in texts)

@@ -42,16 +42,14 @@ def varied(dataset, count):
     some = Subset(dataset, 10 * count)
     shares = []
     for i in range(len(some)):
-        _, pixel_labels, _ = some.load(i)
+        pixel_labels = some.load(i)[1]
         known = pixel_labels[pixel_labels != IGNORE]
-        counts = np.bincount(known, minlength=len(dataset.evaluated))
-        shares.append(counts / pixel_labels.size)
-    shares = np.stack(shares)  # [n,K]
+        shares.append(np.bincount(known, minlength=len(dataset.evaluated)) / pixel_labels.size)
+    shares = torch.from_numpy(np.stack(shares))  # [n,K]
+    apart = torch.cdist(shares, shares, p=1).fill_diagonal_(-1)  # [n,n]; none is taken twice
     taken = [0]
     while len(taken) < min(count, len(some)):
-        apart = np.abs(shares[:, None] - shares[taken]).sum(-1).min(1)  # [n]
-        apart[taken] = -1
-        taken.append(int(apart.argmax()))
+        taken.append(apart[taken].amin(0).argmax().item())
     some.indices = some.indices[sorted(taken)]
     return some
 

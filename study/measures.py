@@ -212,13 +212,12 @@ def shift(args):
     for path in args.checkpoints:
         checkpoint, model, original = read(path)
         text = original.encode_text(original.tokenize(dataset.names))
-        models = [(path, checkpoint["step"], model)]
-        if not rows:
-            models.insert(0, ("original CLIP", 0, original))
-        for name, step, one in models:
+        models = {path: model} if rows else {"original CLIP": original, path: model}
+        for name, one in models.items():
             confusion = evaluate.evaluate(one, dataset, text.device, zero_shot=one is original,
                                           sliding=evaluate.is_sliding(None, args.dataset))
             scores = evaluate.summary(confusion, dataset.evaluated, checkpoint["names"])
+            step = 0 if one is original else checkpoint["step"]
             rows.append({"checkpoint": name, "step": step,
                          **{key: scores.get(key) for key in METRICS},
                          **shift_statistics(one, original.image_encoder, text, dataset, name)})

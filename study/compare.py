@@ -148,9 +148,8 @@ def interval(numbers):
 def holm(p):
     """Holm's correction of p values for their number."""
     p = np.array(p, float)
-    order = p.argsort()
-    corrected = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    return np.minimum(corrected, 1)[order.argsort()]
+    times = p * (p >= p[:, None]).sum(1)  # by how many are as large or larger
+    return [min(1.0, times[p <= one].max()) for one in p]
 
 
 def summarise(name, runs, base=None):

@@ -188,18 +188,17 @@ def check_arguments(args, rows):
 
 
 def bases(rows, against):
-    """{setting: the row that others of this setting are compared with}: of the method `against`, or
-    else the first with that in its name."""
-    chosen = [row for row in rows if row.partition(", ")[0] == against]
-    chosen = chosen or matching([against], rows, "--against")
-    return {setting(row): row for row in reversed(chosen)}
+    """{setting: the row that others of this setting are compared with}: the first of those that
+    `against` names."""
+    return {setting(row): row for row in reversed(matching([against], rows, "--against"))}
 
 
 def matching(words, rows, flag):
-    """The rows that words name: one of just this name, or all with the word in their name."""
+    """The rows that words name: those with the word for a method, or else in their name."""
     found = set()
     for word in words:
-        named = {word} & rows.keys() or {row for row in rows if word.casefold() in row.casefold()}
+        named = {row for row in rows if word in (row, row.partition(", ")[0])}
+        named = named or {row for row in rows if word.casefold() in row.casefold()}
         if not named:
             raise UserError(f"{flag} {word}: no row has that in its name; they are "
                             f"{'; '.join(rows)}")

@@ -365,7 +365,8 @@ def test_differences_to_another_row(made_up_table, tmp_path, monkeypatch):
     named = {"RPMD without TPA": "", "RPMD": "", "plain, 1": "", "RPMD, 1": ""}
     assert compare.bases(named, "RPMD") == {"": "RPMD", "1": "RPMD, 1"}
     assert compare.bases(named, "TPA") == {"": "RPMD without TPA"}
-    assert compare.matching(["RPMD"], named, "--rows") == ["RPMD"]
+    assert compare.matching(["RPMD"], named, "--rows") == ["RPMD", "RPMD, 1"]
+    assert compare.matching(["RPMD, 1"], named, "--rows") == ["RPMD, 1"]
     assert compare.matching(["plain", "without"], named, "") == ["RPMD without TPA", "plain, 1"]
     made_up_table.against = "theirs"
     with pytest.raises(UserError, match="--against theirs: no row has that in its name"):

@@ -78,13 +78,10 @@ def read_label_map(path):
             if kind == 15:  # compressed, with its type and size
                 array = memoryview(zlib.decompressobj().decompress(array, MOST))[8:]
             if array[32:48] == MAT_NAME:  # after 16 bytes of flags and 16 of sides; then values
-                kind, size = struct.unpack_from("<II", array, 48)
-                values = array[56:56 + size]
-                if kind > 65535:  # at most 4 bytes are where the size would be
-                    kind, size = kind % 65536, kind // 65536
-                    values = array[52:52 + size]
-                values = np.frombuffer(values, MAT_TYPES.get(kind, "<f8"))
                 sides = np.frombuffer(array[24:32], "<i4")
+                kind, small = struct.unpack_from("<HH", array, 48)
+                begin = 52 if small else 56  # at most 4 bytes are where the size would be
+                values = np.frombuffer(array, MAT_TYPES.get(kind, "<f8"), sides.prod(), begin)
                 return values.reshape(sides, order="F") + np.uint16(0)
         raise KeyError("LabelMap")
 

@@ -158,22 +158,18 @@ class Files:
         path, where = self.pairs[i]
         raw, ignored, short_side = self.layout.raw, self.layout.ignored, self.layout.short_side
         image, mask = read_image(path), self.layout.read(where)
-        indices = mask.dtype.kind in "ui" and mask.min(initial=0) >= 0
-        if mask.ndim != 2 or not indices or mask.max(initial=0) >= len(self.lookup):
+        if mask.ndim != 2 or mask.dtype.kind not in "ui" or (mask != mask.astype(np.uint16)).any():
             raise UserError(f"{where} should be a mask of one channel of indices, not {mask.dtype} "
                             f"of shape {mask.shape}")
-        height, width = mask.shape
-        if (width, height) != image.size:
-            raise UserError(f"{where} is {width} x {height}, its image {image.width} x "
-                            f"{image.height}")
+        if mask.shape[::-1] != image.size:
+            sides = "{} x {}, its image {} x {}".format(*mask.shape[::-1], *image.size)
+            raise UserError(f"{where} is {sides}")
         if mask.dtype == np.uint8 and max(raw) >= 255:
             raise UserError(f"{where} has 8 bits, too few for {len(raw)} classes and the ignore "
                             "value")
         pixel_labels = self.lookup.take(mask)  # [H,W]
         if pixel_labels.min() == STRANGE:
-            hint = ""
-            if raw is COCO:
-                hint = "; are these the ids of labels.txt, which are larger by one?"
+            hint = "; are these labels.txt's ids, which are larger by one?" if raw is COCO else ""
             raise UserError(f"{where} holds the value {mask[pixel_labels == STRANGE][0]}, which "
                             f"none of the {len(raw)} classes has (they lie in {min(raw)}.."
                             f"{max(raw)}, and {' or '.join(map(str, ignored))} is ignored){hint}")

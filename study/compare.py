@@ -39,9 +39,7 @@ children = []  # processes that train, or have
 
 def read_table(verb):
     """{row: flags of train.py} of a table."""
-    lines = TABLES[verb].read_text().splitlines()
-    rows = [line.split("|") for line in lines if "|" in line]
-    return {name.strip(): flags.strip() for name, flags in rows}
+    return dict(re.findall(r"^(.*?) *\| *(.*)$", TABLES[verb].read_text(), re.MULTILINE))
 
 
 def setting(row):

@@ -87,8 +87,7 @@ def train(flags, out):
         return f"exit status {child.returncode}, {log} ends with: {last[:300]}"
     for checkpoint in out.rglob("last.pt"):
         checkpoint.unlink()  # 40 MB that nothing needs
-    minutes = (time.time() - begin) / 60
-    made_by = {"flags": flags, "code": version, "minutes": minutes}
+    made_by = {"flags": flags, "code": version, "minutes": (time.time() - begin) / 60}
     results = {**json.loads(path.read_text()), "made_by": made_by}
     write_json(results, path)
     return results
@@ -229,7 +228,6 @@ def correlations(summaries):
 
 
 def describe_correlations(summaries, where=""):
-    """`correlations` as a sentence."""
     count = sum(len(s["seeds"]) for s in summaries)
     found, within_seeds = map(in_words, correlations(summaries))
     return (f"Pearson correlation with unseen mIoU over {count} runs{where}: {found}; "
@@ -237,7 +235,6 @@ def describe_correlations(summaries, where=""):
 
 
 def markdown(summaries):
-    """The table."""
     rows = [["", *METRICS, *(f"difference, {key}" for key in METRICS), "p of harmonic, Holm",
              "unseen better in", "reference share", "drift"]]
     claims = [s for s in summaries if "against" in s and s["row"] != UNTRAINED]

@@ -7,7 +7,6 @@ and a picture of four samples.
 """
 import argparse
 import functools
-import json
 import os
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from sources.registry import BENCHMARKS, NAMES, open_dataset
-from support import pictures
+from support import pictures, runs
 from support.errors import UserError
 from support.flags import non_negative_int
 
@@ -50,10 +49,9 @@ def check(name, split, args):
     print(f"{len(absent)} of {len(share)} occur in none of {len(good)} masks: "
           f"{', '.join(absent[:20]) or '-'}")
     out = Path(args.out, f"{name}-{split}".replace("/", "_").replace(":", "-"))
-    out.mkdir(parents=True, exist_ok=True)
     report = dict(dataset=name, split=split, source=dataset.source, images=len(dataset),
                   read=len(indices), wrong=wrong, warning=dataset.warning, percent_of_pixels=share)
-    (out / "report.json").write_text(json.dumps(report, indent=1))
+    runs.write_json(report, out / "report.json")
     if good:
         some = good[::max(1, len(good) // 4)][:4]
         pictures.samples(dataset, some).save(out / "samples.png")

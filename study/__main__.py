@@ -44,7 +44,7 @@ def parse(argv=None):
             add("--unseen", nargs="+", help="names to hold out, comma-separated: a list per split")
             add("--seeds", type=positive_int, default=5, help="how many (default 5)")
             add("--first-seed", type=non_negative_int, default=1, help="default 1")
-            add("--rows", nargs="+", help="only rows with these words in their name")
+            add("--rows", nargs="+", help="only these methods, or rows with these words in them")
             add("--against", default="plain fine-tuning", help="the row that differences are to")
             add("--jobs", type=positive_int, help="side by side (default: cores, or one on a GPU)")
     args, args.further = p.parse_known_args(argv)

@@ -26,7 +26,7 @@ from data import open_dataset
 from study.measures import SHIFTS, in_words, pearson
 from support import pictures
 from support.errors import UserError
-from support.runs import Interruption, write_json
+from support.runs import Interruption, read_log, write_json
 from support.tables import format_table
 
 TABLES = {path.stem: path for path in sorted(Path(__file__).with_name("tables").glob("*.txt"))}
@@ -130,6 +130,12 @@ def figures(results, untrained=False):
             **{key: shift[key] for key in SHIFTS}, **results["made_by"]}
 
 
+def evaluations(out):
+    """[step, unseen mIoU, share of reference patches] of each evaluation in a run's log."""
+    return [[line["step"], line["unseen"], line["reference_share"]]
+            for line in read_log(out / "log.jsonl") if "mIoU_union" in line]
+
+
 def interval(numbers):
     """Of two numbers or more: mean, its 95 % interval and p against 0 by Student's t, standard
     deviation, how many are above 0, and the numbers."""
@@ -216,6 +222,8 @@ def compare(args, rows):
     found = {UNTRAINED: {seed: figures(results[first, seed], untrained=True) for seed in seeds}}
     for row in rows:
         found[row] = {seed: figures(results[row, seed]) for seed in seeds}
+        for seed, run in found[row].items():
+            run["evaluations"] = evaluations(jobs[row, seed][1])
     return [summarise(row, runs, found.get(base.get(setting(row)))) for row, runs in found.items()]
 
 
@@ -255,7 +263,7 @@ def markdown(summaries):
 
 def tabulate(args):
     """Train the rows of a table and write NAME.md, printed too; NAME.jsonl, a run a line; NAME.png:
-    seen against unseen."""
+    seen against unseen; and of rows with an --eval-every, over their steps, NAME-steps.png."""
     rows = read_table(args.verb)
     if args.rows:
         base, wanted = bases(rows, args.against), matching(args.rows, rows, "--rows")
@@ -281,4 +289,5 @@ def tabulate(args):
     jsonl.write_text("".join(lines))
     md.write_text("\n".join(text))
     pictures.trade_off(png, summaries)
+    pictures.over_steps(png.with_stem(f"{args.verb}-steps"), summaries)
     print(*text, f"written to {args.out}: {md.name}, {jsonl.name}, {png.name}", sep="\n")

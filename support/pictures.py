@@ -164,6 +164,22 @@ def trade_off(path, summaries):
     ax.figure.savefig(path, dpi=110)
 
 
+def over_steps(path, summaries):
+    """Plot what rows were evaluated at as they trained, means over seeds: share of reference
+    patches and unseen mIoU. Nothing where no row was evaluated before its end."""
+    share, unseen = [], []
+    for row in summaries:
+        runs = [run.get("evaluations", []) for run in row["seeds"].values()]
+        if min(map(len, runs)) > 1:
+            step, miou, patches = np.mean(runs, 0).T
+            style = "o--" if "frozen" in row["row"] else "o-"
+            share.append((row["row"], 100 * step / step[-1], 100 * patches, style))
+            unseen.append((row["row"], 100 * step / step[-1], miou, style))
+    if share:
+        save_plot(path, [("reference patches of the teacher", "% of the steps", "% of the labelled "
+                          "patches", share), ("unseen", "% of the steps", "mIoU, %", unseen)])
+
+
 def curves(log, path):
     """Draw a run's log.jsonl: losses, share of reference patches, and mIoU against steps."""
     lines = read_log(log)

@@ -417,3 +417,29 @@ def test_a_stopped_comparison_leaves_no_run_behind(tmp_path, folder):
     assert parent.returncode == 130 and "Traceback" not in errors
     left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout
     assert not left.split()
+
+
+def test_evaluations_on_the_way_are_kept_and_drawn(made_up_table, tmp_path, monkeypatch):
+    """Of rows with an --eval-every: raw numbers for every run, and a picture of their means."""
+    drawn = []
+
+    def make(args):
+        lines = [dict(step=2, total_loss=1.0)]
+        for step in (2, 4) if args.clip_lr_factor == 1 else (4,):
+            miou = args.seed + step
+            lines.append(dict(step=step, unseen=miou, mIoU_union=9, reference_share=step / 10))
+        Path(args.out, "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return results(args.seed)
+
+    in_place_of_train(monkeypatch, make)
+    monkeypatch.setattr(compare.pictures, "save_plot", lambda path, panels: drawn.append(panels))
+    compare.tabulate(made_up_table)
+    runs = [json.loads(line) for line in (tmp_path / "made_up.jsonl").read_text().splitlines()]
+    kept = {(run["row"], run["seed"]): run.get("evaluations") for run in runs}
+    assert kept["ours, fast", 6] == [[2, 8, 0.2], [4, 10, 0.4]]
+    assert kept["ours, slow", 6] == [[4, 10, 0.4]] and kept["untrained CLIP", 6] is None
+    [[share, unseen]] = drawn
+    assert [curve[0] for curve in unseen[3]] == ["plain, fast", "ours, fast"]
+    _, x, y, _ = unseen[3][0]
+    assert list(x) == [50, 100] and list(y) == [8, 10]
+    assert list(share[3][0][2]) == pytest.approx([20, 40])

@@ -14,6 +14,7 @@ from pathlib import Path
 from data import NAMES
 from study import compare, measures
 from support import runs
+from support.errors import writing
 from support.flags import non_negative_int, positive_int
 
 READ = {"pictures": measures.pictures, "shift": measures.shift}
@@ -55,6 +56,6 @@ def parse(argv=None):
 
 if __name__ == "__main__":
     args = parse()
-    with runs.one_sentence_for_errors(), runs.writing_folder(args.out):
+    with runs.one_sentence_for_errors(), writing(f"--out {args.out}"):
         Path(args.out).mkdir(parents=True, exist_ok=True)
         args.run(args)

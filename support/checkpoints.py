@@ -1,13 +1,12 @@
 """Checkpoints of a training: written whole or not at all, and taken back bit for bit."""
 import contextlib
 import json
-import os
 import shutil
 
 import torch
 
 from support import runs, weights
-from support.errors import UserError, reading, writing
+from support.errors import UserError, reading, replacing
 
 FIXED = ("dataset", "classes", "unseen", "clip", "pretrained", "init_cat_seg", "image_size",
          "channels", "adapt", "distill", "batch_size", "seed")  # what cannot change on resume
@@ -126,17 +125,9 @@ def check_space(run):
 
 
 def write_checkpoint(contents, path):
-    """Write a checkpoint whole or not at all: under another name, down to the disk, then renamed.
-    Raises UserError."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with writing(path), temporary.open("wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a checkpoint whole or not at all. Raises UserError."""
+    with replacing(path) as file:
+        torch.save(contents, file)
 
 
 def compare_flags(args, state, names, path, say):

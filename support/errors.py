@@ -1,6 +1,7 @@
 """A user's mistake as a sentence that names the path or the flag. It is shown without a traceback
 (`runs.one_sentence_for_errors`); every other exception is the project's mistake, and keeps its."""
 import contextlib
+import os
 
 
 class UserError(ValueError):
@@ -33,10 +34,25 @@ def reading(path, kind, why=None):
 
 
 @contextlib.contextmanager
-def writing(path):
+def writing(path, errors=OSError):
     """Gives the path; what goes wrong while it is written becomes a UserError that names it."""
     try:
         yield path
-    except (OSError, RuntimeError) as e:  # torch.save raises either
-        raise UserError(f"{path} can't be written ({first_line(e)}); "
-                        "the last good checkpoint stays as it is") from e
+    except errors as e:
+        raise UserError(f"{path} can't be written to ({first_line(e)})") from e
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Gives a binary file that becomes `path` whole or not at all: written under another name, down
+    to the disk, then renamed. Raises UserError."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with writing(path, (OSError, RuntimeError)):  # torch.save raises either
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from support import pictures, runs
-from support.errors import UserError
+from support import pictures
+from support.errors import UserError, writing
 
 PICTURE = re.compile(r"(?<!\.seg)(?<!\.labels)\.(jpe?g|png|webp|bmp)$", re.IGNORECASE)
 
@@ -79,6 +79,6 @@ class Keeper:
 
 def save(image, path):
     """Write a PIL image, and its folder if need be. Raises UserError."""
-    with runs.writing_folder(path.parent):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)

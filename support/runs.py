@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from support import signals
-from support.errors import UserError, writing
+from support.errors import UserError, replacing, writing
 from support.signals import Interruption  # noqa: F401, offered here
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
@@ -189,7 +189,7 @@ def only_run_in(out):
     if int(os.environ.get("RANK", 0)) > 0:
         yield
         return
-    with writing_folder(out):
+    with writing(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "a+")
     try:
@@ -207,14 +207,6 @@ def only_run_in(out):
         yield
 
 
-@contextlib.contextmanager
-def writing_folder(out):
-    try:
-        yield
-    except OSError as e:
-        raise UserError(f"--out {out} can't be written to ({e.strerror})") from e
-
-
 class Log:
     """A file of JSON lines, which process 0 writes and all remember. Raises UserError."""
 
@@ -227,10 +219,8 @@ class Log:
         """Begin the file anew with these lines; it is never without the old ones."""
         self.lines = list(lines)
         if self.rank == 0:
-            temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-            with writing(self.path):
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-                temporary.replace(self.path)
+            with replacing(self.path) as file:
+                file.writelines(f"{json.dumps(line)}\n".encode() for line in lines)
 
     def append(self, **line):
         self.lines.append(line)

@@ -104,14 +104,11 @@ def class_scores(model, image, text, sliding=True, zero_shot=False, size=None, c
 
 def label_map(model, image, text, **options):
     """Argmax of `class_scores` over the classes: int64 [H,W]. Ties go to the lower class."""
-    best = label = None
+    best, label = -torch.inf, 0
     for first, scores in class_scores(model, image, text, **options):
         top, index = scores[0].max(0)
-        if best is None:
-            best, label = top, index
-        else:
-            label = torch.where(top > best, index + first, label)
-            best = torch.maximum(top, best)
+        label = torch.where(top > best, index + first, label)
+        best = top.clamp(min=best)
     return label
 
 
@@ -150,7 +147,7 @@ def class_iou(confusion):
     return c.diagonal() / union.clamp(min=1), c.sum(1) > 0, union
 
 
-def mean_iou(confusion, classes=None):
+def mean_iou(confusion, classes=slice(None)):
     """Both mIoU definitions in circulation, in [0, 1], NaN where no class counts.
 
     confusion [K,K] from `confusion_matrix`; classes: average over these only (the whole matrix
@@ -158,11 +155,8 @@ def mean_iou(confusion, classes=None):
     (detectron2 since July 2022, so CAT-Seg and SED); "union" also over classes that are only
     predicted, with IoU 0 (detectron2 0.6, mmsegmentation, so MAFT+ and SAN).
     """
-    iou, labelled, union = class_iou(confusion)
-    chosen = torch.zeros(len(iou), dtype=torch.bool, device=iou.device)
-    chosen[slice(None) if classes is None else torch.as_tensor(classes, device=iou.device)] = True
-    return {"ground_truth": iou[chosen & labelled].mean().item(),
-            "union": iou[chosen & (union > 0)].mean().item()}
+    iou, labelled, union = (values[classes] for values in class_iou(confusion))
+    return {"ground_truth": iou[labelled].mean().item(), "union": iou[union > 0].mean().item()}
 
 
 def percent(x):

@@ -85,7 +85,7 @@ MUTATIONS = [  # name, file, what stands there, what is put there, the tests tha
      "attention.k_proj_weight.requires_grad =", "model weights"),
     ("windows without the whole", "evaluate.py", "return (total / count + whole) / 2",
      "return total / count", "evaluate"),
-    ("mIoU over all classes", "evaluate.py", "iou[chosen & labelled]", "iou[chosen]", "evaluate"),
+    ("mIoU over all classes", "evaluate.py", "iou[labelled].mean", "iou.mean", "evaluate"),
     ("an image counted by every process", "evaluate.py", "range(rank, len(dataset), world)",
      "range(0, len(dataset))", "evaluate"),
     ("processes that see the same crops", "data.py", "(step * world + rank) * batch_size",

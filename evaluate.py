@@ -8,6 +8,7 @@ Every image is evaluated once, whatever the number of processes. Tables are also
 eval/DATASET.json beside the checkpoint; a picture's labels to photo.seg.png beside the picture.
 """
 import support.signals  # noqa: F401, first: it answers Ctrl-C while the rest is imported
+import functools
 import sys
 from pathlib import Path
 
@@ -215,28 +216,26 @@ def evaluate_dataset(name, dataset, model, checkpoint, args, rank, world, device
     stem = (name + "-zero-shot" if args.zero_shot else name).replace(":", "-").replace("/", "_")
     folder = Path(args.out or Path(args.checkpoint).parent / "eval", stem)
     sliding = is_sliding(args.views, name)
-    interruption, images = None, len(dataset)
-    try:
-        confusion = evaluate(model, dataset, device, sliding, args.zero_shot, rank, world, name,
-                             labelling.Keeper(folder, dataset, args))
-    except KeyboardInterrupt as e:
-        if not e.args:
-            raise
-        interruption = e
-        confusion, images = e.args
-    if rank == 0:
+
+    def report(confusion, images, ending):
         result = {"dataset": name, "split": args.split, "images": images, "source": dataset.source,
                   "checkpoint": args.checkpoint, "zero_shot": args.zero_shot,
                   "views": 5 if sliding else 1, "pixels": confusion.sum().item(),
                   **summary(confusion, dataset.evaluated, checkpoint.get("names"))}
         print(format_result(result))
-        if interruption:
-            print(f"interrupted: this is what the first process had after {images} of "
+        print("written to", runs.write_json(result, Path(f"{folder}{ending}")))
+
+    try:
+        confusion = evaluate(model, dataset, device, sliding, args.zero_shot, rank, world, name,
+                             functools.partial(labelling.keep, folder, dataset, args))
+    except KeyboardInterrupt as e:
+        if rank == 0 and e.args:
+            report(*e.args, ".partial.json")
+            print(f"interrupted: this is what the first process had after {e.args[1]} of "
                   f"{len(dataset)} images")
-        suffix = ".partial.json" if interruption else ".json"
-        print("written to", runs.write_json(result, folder.with_name(folder.name + suffix)))
-    if interruption:
-        raise interruption
+        raise
+    if rank == 0:
+        report(confusion, len(dataset), ".json")
 
 
 def compile_parts(model):
@@ -269,19 +268,24 @@ def main():
 
 
 def label_pictures(model, checkpoint, args):
+    """--image: label pictures with --classes. Returns what went wrong, a sentence for each."""
     if not args.classes:
         raise UserError('--image needs --classes, as in --classes "cat, sofa, wooden floor"')
     names = data.read_names(args.classes)
     sliding = is_sliding(args.views, str(checkpoint.get("args", {}).get("dataset")))
+    stems = labelling.find_images(args.image, args.out)
     with torch.inference_mode():
         text = model.encode_text(model.tokenize(names))
-
-    def label(path):
-        image = read_image(path)
+    wrong = []
+    for stem, path in tqdm(stems.items(), "pictures", disable=len(stems) == 1):
+        try:
+            image = read_image(path)
+        except UserError as e:
+            wrong.append(f"error: {e}")
+            continue
         pixel_labels = label_map(model, image, text, sliding=sliding, zero_shot=args.zero_shot)
-        return image, pixel_labels.cpu().numpy()
-
-    return labelling.label_files(label, args, names)
+        labelling.save_picture(image, pixel_labels.cpu().numpy(), stem, args, names)
+    return wrong
 
 
 if __name__ == "__main__":

@@ -37,48 +37,32 @@ def find_images(patterns, out):
     return stems
 
 
-def label_files(label, args, names):
-    """--image: label pictures with the names and draw them. label: path -> PIL image, labels [H,W].
-    Returns what went wrong, a sentence for each."""
-    stems = find_images(args.image, args.out)
-    kind = np.min_scalar_type(len(names) - 1)  # 16 bits from 257 names on
-    wrong = []
-    for stem, path in tqdm(stems.items(), "pictures", disable=len(stems) == 1):
-        try:
-            image, pixel_labels = label(path)
-        except UserError as e:
-            wrong.append(f"error: {e}")
-            continue
-        save(pictures.segmentation(image, pixel_labels, names), Path(f"{stem}.seg.png"))
-        if args.save_labels:
-            save(Image.fromarray(pixel_labels.astype(kind)), Path(f"{stem}.labels.png"))
-        found = [text for text, _ in pictures.legend_entries(names, pixel_labels, shares=True)]
-        tqdm.write(f"{stem}.seg.png: {', '.join(found)}")
-    return wrong
+def save_picture(image, pixel_labels, stem, args, names):
+    """A picture of one's own and its labels [H,W]: drawn, said, with --save-labels also written."""
+    save(pictures.segmentation(image, pixel_labels, names), f"{stem}.seg.png")
+    if args.save_labels:
+        save(label_image(pixel_labels, names), f"{stem}.labels.png")
+    found = [text for text, _ in pictures.legend_entries(names, pixel_labels, shares=True)]
+    tqdm.write(f"{stem}.seg.png: {', '.join(found)}")
 
 
-class Keeper:
-    """Writes what --save-labels and --save-pictures ask for of a dataset's images."""
+def keep(folder, dataset, args, i, image, pixel_labels, prediction, path):
+    """Write what --save-labels and --save-pictures ask for of a dataset's i-th image."""
+    names = dataset.evaluated
+    if args.save_labels:
+        save(label_image(prediction, names), folder / "labels" / f"{Path(path).stem}.png")
+    if i in np.linspace(0, len(dataset) - 1, min(args.save_pictures, len(dataset))).astype(int):
+        picture = pictures.comparison(image, pixel_labels, prediction, names)
+        save(picture, folder / "pictures" / f"{Path(path).stem}.png")
 
-    def __init__(self, folder, dataset, args):
-        self.folder = folder
-        self.names = dataset.evaluated
-        self.save_labels = args.save_labels
-        count = min(args.save_pictures, len(dataset))
-        self.drawn = np.linspace(0, len(dataset) - 1, count).astype(int)
 
-    def __call__(self, i, image, pixel_labels, prediction, path):
-        file = f"{Path(path).stem}.png"
-        if self.save_labels:
-            pixel_labels = prediction.astype(np.min_scalar_type(len(self.names) - 1))
-            save(Image.fromarray(pixel_labels), self.folder / "labels" / file)
-        if i in self.drawn:
-            picture = pictures.comparison(image, pixel_labels, prediction, self.names)
-            save(picture, self.folder / "pictures" / file)
+def label_image(pixel_labels, names):
+    """Labels as a PIL image of 8 bits, from 257 names on of 16."""
+    return Image.fromarray(pixel_labels.astype(np.min_scalar_type(len(names) - 1)))
 
 
 def save(image, path):
     """Write a PIL image, and its folder if need be. Raises UserError."""
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         image.save(path)

@@ -256,8 +256,12 @@ def test_labels_and_pictures_of_a_dataset(tiny, folder, tmp_path, monkeypatch, c
     (out,) = (p for p in (tmp_path / "o").iterdir() if p.is_dir())
     dataset = data.open_dataset(f"folder:{folder}", None, "val")
     for i in range(3):
-        expected = evaluate.segment(tiny, dataset.load(i)[0], dataset.names, sliding=False)
-        assert np.array_equal(np.asarray(Image.open(out / "labels" / f"{i}.png")), expected.numpy())
+        image, pixel_labels, _ = dataset.load(i)
+        expected = evaluate.segment(tiny, image, dataset.names, sliding=False).numpy()
+        assert np.array_equal(np.asarray(Image.open(out / "labels" / f"{i}.png")), expected)
+        if i != 1:
+            sheet = pictures.comparison(image, pixel_labels, expected, dataset.names)
+            assert np.array_equal(np.asarray(Image.open(out / "pictures" / f"{i}.png")), sheet)
     assert len(list((out / "pictures").iterdir())) == 2
     classes = [
         line.split("|")[2].strip()

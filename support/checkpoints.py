@@ -78,9 +78,8 @@ def resume(run, state):
     """Take back what a checkpoint holds, and the log up to it. Flags that may change hold from here
     on. Raises UserError."""
     args = run.args
-    rates = [(group["base_lr"], group["weight_decay"]) for group in run.optimiser.param_groups]
     with reading(run.last, "a checkpoint to go on from"):
-        compare_flags(args, state, run.train_set.names, run.last, run.say)
+        compare_flags(run, state)
         if state["step"] > args.steps:
             raise UserError(f"{run.last} has {state['step']} steps, more than --steps "
                             f"{args.steps}: use another --out, or --restart")
@@ -89,18 +88,15 @@ def resume(run, state):
         weights.load_state(run.model, {**state["model"], **state["original"]}, run.last)
         run.keep_original()  # as it was then, whatever --pretrained gives today
         weights.load_state(run.model, state["model"], run.last)
-        for group in state["optimiser"]["param_groups"]:
-            group["fused"] = run.optimiser.defaults["fused"]  # as it fits this machine
+        for group, now in zip(state["optimiser"]["param_groups"], run.optimiser.param_groups):
+            for key in ("base_lr", "weight_decay", "fused"):  # as flags and machine are now
+                group[key] = now[key]
         run.optimiser.load_state_dict(state["optimiser"])
-        for group, (base_lr, weight_decay) in zip(run.optimiser.param_groups, rates):
-            group["base_lr"] = base_lr
-            group["weight_decay"] = weight_decay
-        if state["scaler"] and run.scaler.is_enabled():
+        if state["scaler"]:
             run.scaler.load_state_dict(state["scaler"])
         if run.momentum:
-            alpha = run.momentum.alpha
+            state["momentum"]["alpha"] = run.momentum.alpha
             run.momentum.load_state_dict(state["momentum"])
-            run.momentum.alpha = alpha
     # the last evaluation is about to come again
     lines = [line for line in runs.read_log(run.log.path) if line["step"] <= run.step
              and not (line["step"] == args.steps and "mIoU_union" in line)]
@@ -130,11 +126,9 @@ def write_checkpoint(contents, path):
         torch.save(contents, file)
 
 
-def compare_flags(args, state, names, path, say):
-    """Refuse to go on from a checkpoint under another model or order of data; list other changes.
-
-    args: the flags now. state: the checkpoint. names: the classes of the training data.
-    """
+def compare_flags(run, state):
+    """Refuse another model or order of data than the checkpoint's; say what else has changed."""
+    args, names, path = run.args, run.train_set.names, run.last
     if not {"args", "step", "optimiser", "facts", "names"} <= state.keys():
         raise UserError(f"{path} is no checkpoint that training can go on from: "
                         "use another --out, or --restart")
@@ -152,4 +146,4 @@ def compare_flags(args, state, names, path, say):
         if name in ("tpa_steps", "tpa_lr"):
             setattr(args, name, before.get(name))  # that is over
         elif name not in ("out", "restart", "timeout", "compile"):
-            say(f"{flag} is now {now[name]}, was {before.get(name)}")
+            run.say(f"{flag} is now {now[name]}, was {before.get(name)}")

@@ -156,8 +156,8 @@ def leave(sentence):
         bar.close()
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
-        about = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
-        Path(error_file).write_text(json.dumps({"message": about}))
+        about = {"message": sentence, "timestamp": int(time.time())}
+        Path(error_file).write_text(json.dumps(about))
     if control is None:
         sys.exit(sentence)
     sys.stdout.flush()
@@ -199,8 +199,7 @@ def only_run_in(out):
         holder = lock.read().strip() or "another process"
         raise UserError(f"--out {out} is in use by {holder}: use another --out, or wait") from None
     lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
     for leftover in out.glob("*.tmp"):  # of a process that was killed
         leftover.unlink()
     with lock:
@@ -232,10 +231,9 @@ class Log:
 def read_log(path):
     """The lines of a log.jsonl; one that a power cut left unfinished is dropped."""
     lines = []
-    if path.exists():
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(line))
+            lines.append(json.loads(line))
     return lines
 
 

@@ -11,15 +11,13 @@ from sources.augment import augment
 from sources.registry import NAMES, REPORTED, open_dataset, read_names  # noqa: F401, offered here
 from support import runs
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
-STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)  # CLIP's
+STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
 
 
 def normalise(image):
     """PIL RGB image -> float [3,H,W] with CLIP's mean and standard deviation."""
-    mean = torch.tensor(MEAN).view(3, 1, 1)
-    std = torch.tensor(STD).view(3, 1, 1)
-    return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255).sub_(mean).div_(std)
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255).sub_(MEAN).div_(STD)
 
 
 class TrainingCrops(torch.utils.data.Dataset):
@@ -57,10 +55,8 @@ def batches(crops, batch_size, start, stop, rank=0, world=1, workers=0):
     """Batches of draws for steps start..stop-1: each step takes the next batch_size * world draws,
     of which this rank takes its share. Returns an iterable over (images [b,3,S,S], pixel labels
     [b,S,S], paths)."""
-    mine = []
-    for step in range(start, stop):
-        first = (step * world + rank) * batch_size
-        mine.append(range(first, first + batch_size))
+    firsts = [(step * world + rank) * batch_size for step in range(start, stop)]
+    mine = [range(first, first + batch_size) for first in firsts]
     return torch.utils.data.DataLoader(crops, batch_sampler=mine, num_workers=workers,
                                        worker_init_fn=runs.leave_process_group,
                                        pin_memory=torch.cuda.is_available())

@@ -170,7 +170,6 @@ def measure_evaluation(K, compiled=False, width=500, height=375):
 
 def plain_samples(dataset, draws, rng, size=384):
     """What data.TrainingCrops does, written with nothing but PIL's and torch's everyday calls."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.MEAN, data.STD))
     for i in draws:
         image, mask = (Image.open(path) for path in dataset.pairs[i % len(dataset)])
         side = tuple(int(n * size / min(image.size) + 0.5) for n in image.size)
@@ -195,7 +194,7 @@ def plain_samples(dataset, draws, rng, size=384):
         labels = torch.from_numpy(np.array(mask)).long()
         labels[labels == 255] = losses.IGNORE
         x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        yield (x - mean) / std, labels
+        yield (x - data.MEAN) / data.STD, labels
 
 
 def write_photos(folder, rng, count=32):

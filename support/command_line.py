@@ -25,6 +25,8 @@ def shared_flags(description, epilog=None):
 
 def parse_training(description, recipe, datasets, argv=None):
     """The flags of a training. recipe: train.RECIPE. datasets: what --dataset may name."""
+    cuda = torch.cuda.is_available()
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     parser, add = shared_flags(description, (
         "ours: not in the paper. For the tiny CLIP chosen on toy worlds that no table of\n"
         "results shows (docs/results.md). For real CLIPs nobody has tuned them yet."))
@@ -51,8 +53,10 @@ def parse_training(description, recipe, datasets, argv=None):
     add("--accumulate", type=positive_int, default=1,
         help="passes per step, each over a part of the batch, in which SPD and CPA average (1)")
     add("--recompute-head", action="store_true", help="save memory: the head's forward pass twice")
-    add("--precision", choices=("fp32", "bf16", "fp16"), help="default bf16 on GPUs with it")
-    add("--workers", type=non_negative_int, help="loader processes (default: 4 with a GPU, else 0)")
+    add("--precision", choices=("fp32", "bf16", "fp16"), default="bf16" if bf16 else "fp32",
+        help="default bf16 on GPUs with it")
+    add("--workers", type=non_negative_int, default=4 if cuda else 0,
+        help="loader processes (default: 4 with a GPU, else 0)")
     add("--seed", type=non_negative_int, default=0,
         help="of the head's first weights, of images' order and augmentation (default 0)")
     add("--restart", action="store_true", help="ignore a checkpoint in --out and train anew")
@@ -62,37 +66,30 @@ def parse_training(description, recipe, datasets, argv=None):
 
 
 def fill_in(args, recipe):
-    """Defaults that depend on other flags and on the machine. Raises UserError."""
-    toy, cuda = args.dataset.startswith("toy"), torch.cuda.is_available()
+    """Defaults that depend on other flags. Raises UserError."""
+    toy = args.dataset.startswith("toy")
     args.clip = args.clip or ("tiny" if toy else "ViT-B-16-quickgelu")
-    column = 1 if args.clip == "tiny" else 0
     name = args.dataset.removeprefix("folder:").replace("toy:", "toy-")
     args.out = args.out or str(Path("out", Path(name).name))
     processes = int(os.environ.get("WORLD_SIZE", 1))
     passes = processes * args.accumulate
-    args.batch_size = args.batch_size or max(recipe["batch-size"][column], passes)
+    tiny = args.clip == "tiny"
+    defaults = {flag.replace("-", "_"): row[1 if tiny else 0] for flag, row in recipe.items()}
+    defaults["batch_size"] = max(defaults["batch_size"], passes)
+    if args.distill not in ("rpmd", "frozen") or args.adapt not in ("both", "text"):
+        defaults["tpa_steps"] = 0  # it is part of RPMD, and for a text encoder that trains
+    defaults["pretrained"] = "none" if tiny or args.init_cat_seg else "openai"
+    if tiny and toy:
+        defaults["pretrained"] = "toy"
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     if args.batch_size % passes:
         raise UserError(f"--batch-size {args.batch_size} does not divide among {processes} "
                         f"processes x --accumulate {args.accumulate}")
     if args.adapt in ("visual", "none") and args.tpa_steps:
         raise UserError(f"--tpa-steps {args.tpa_steps} adapts the text encoder, which --adapt "
                         f"{args.adapt} keeps frozen: use --tpa-steps 0")
-    is_rpmd = args.distill in ("rpmd", "frozen") and args.adapt in ("both", "text")
-    if args.tpa_steps is None and not is_rpmd:
-        args.tpa_steps = 0  # it is part of RPMD, and for a text encoder that trains
-    for flag, row in recipe.items():
-        name = flag.replace("-", "_")
-        if getattr(args, name) is None:
-            setattr(args, name, row[column])
-    if args.pretrained is None:
-        args.pretrained = "none" if args.clip == "tiny" or args.init_cat_seg else "openai"
-        if toy and args.clip == "tiny":
-            args.pretrained = "toy"
-    if args.precision is None:
-        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.precision = "bf16" if bf16 else "fp32"
-    if args.workers is None:
-        args.workers = 4 if cuda else 0
 
 
 def parse_evaluation(description, datasets, reported, argv=None):

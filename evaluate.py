@@ -141,11 +141,9 @@ def confusion_matrix(prediction, pixel_labels, num_classes):
 
 
 def class_iou(confusion):
-    """IoU of each class [K] (0 where its union is empty), which classes have ground truth, and the
-    unions in pixels."""
+    """IoU of each class [K], NaN where it has no pixels; and which classes have ground truth."""
     c = confusion.double()
-    union = c.sum(0) + c.sum(1) - c.diagonal()
-    return c.diagonal() / union.clamp(min=1), c.sum(1) > 0, union
+    return c.diagonal() / (c.sum(0) + c.sum(1) - c.diagonal()), c.sum(1) > 0
 
 
 def mean_iou(confusion, classes=slice(None)):
@@ -156,8 +154,8 @@ def mean_iou(confusion, classes=slice(None)):
     (detectron2 since July 2022, so CAT-Seg and SED); "union" also over classes that are only
     predicted, with IoU 0 (detectron2 0.6, mmsegmentation, so MAFT+ and SAN).
     """
-    iou, labelled, union = (values[classes] for values in class_iou(confusion))
-    return {"ground_truth": iou[labelled].mean().item(), "union": iou[union > 0].mean().item()}
+    iou, labelled = (values[classes] for values in class_iou(confusion))
+    return {"ground_truth": iou[labelled].mean().item(), "union": iou.nanmean().item()}
 
 
 def percent(x):
@@ -178,7 +176,7 @@ def summary(confusion, names, seen=None):
         b = mean_iou(confusion, others)["ground_truth"]
         harmonic = 2 * a * b / max(a + b, 1e-9)  # NaN if one is
         result |= {"seen": percent(a), "unseen": percent(b), "harmonic": percent(harmonic)}
-    iou, labelled, _ = class_iou(confusion)
+    iou, labelled = class_iou(confusion)
     iou[~labelled] = torch.nan
     result["classes"] = {name: percent(value) for name, value in zip(names, iou.tolist())}
     return result

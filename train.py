@@ -216,7 +216,8 @@ def build_model(args, rank):
     if args.prior:
         nn.init.constant_(model.head.logit.bias, math.log(args.prior / (1 - args.prior)))
     if args.init_cat_seg:
-        weights.load_into(model, args.init_cat_seg)
+        state = weights.read_checkpoint(args.init_cat_seg)["model"]
+        weights.load_state(model, state, args.init_cat_seg)
     model.set_trained(args.adapt)
     model.head.recompute = args.recompute_head
     return model

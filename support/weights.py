@@ -171,11 +171,6 @@ def from_checkpoint(checkpoint, path):
     return model
 
 
-def load_into(model, path):
-    """Give a Segmenter the weights in a checkpoint of its size."""
-    load_state(model, read_checkpoint(path)["model"], path)
-
-
 def load_state(model, state, path):
     """load_state_dict with a sentence that names the file and the tensors that don't fit."""
     with reading(path, f"weights of {model.config['clip']}"):

@@ -86,7 +86,7 @@ def evaluate_if_due(run):
         run.log.append(step=run.step, **score(run)[0], **measure(run, run.momentum))
         if run.rank == 0:
             with writing(run.out / "curves.png") as path:
-                pictures.curves(run.log.path, path)
+                pictures.curves(run.log.lines, path)
 
 
 def finish(run):
@@ -103,7 +103,7 @@ def finish(run):
     runs.write_json(results, run.out / "results.json")
     run.say(report(results))
     with writing(run.out / "curves.png") as path:
-        pictures.curves(run.log.path, path)
+        pictures.curves(run.log.lines, path)
     sliding = is_sliding(None, run.args.dataset)
     sheet = measures.example_sheet(*models, run.momentum, run.val_set, sliding)
     with writing(run.out / "examples.png") as path:

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from losses import IGNORE
-from support.runs import read_log
 
 
 @functools.lru_cache(8)
@@ -180,10 +179,8 @@ def over_steps(path, summaries):
                           "patches", share), ("unseen", "% of the steps", "mIoU, %", unseen)])
 
 
-def curves(log, path):
+def curves(lines, path):
     """Draw a run's log.jsonl: losses, share of reference patches, and mIoU against steps."""
-    lines = read_log(log)
-
     def found(key, style="-", scale=1):
         points = [(one["step"], scale * one[key]) for one in lines if one.get(key) is not None]
         return [(key, *zip(*points), style)] if points else []  # plain runs lack distillation's

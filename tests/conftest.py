@@ -52,7 +52,7 @@ def folder(tmp_path):
 @pytest.fixture
 def no_plots(monkeypatch):
     """Drawing curves takes a third of a small run; test_pictures and test_readme draw them."""
-    monkeypatch.setattr(pictures, "curves", lambda log, path: path.write_text("a plot"))
+    monkeypatch.setattr(pictures, "curves", lambda lines, path: path.write_text("a plot"))
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from sources import toy
 from sources.benchmarks import CLASSES
 from sources.registry import read_names
 from support import pictures
+from support.runs import read_log
 
 
 @pytest.fixture
@@ -135,11 +136,6 @@ def test_highlight_dims_the_rest():
 # Plots
 
 
-def write(path, *lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
 def curves_in(figure):
     return {ax.get_title(): [line.get_label() for line in ax.get_lines()] for ax in figure.axes}
 
@@ -149,7 +145,7 @@ STEP = dict(step=1, total_loss=1, segmentation_loss=1, spd_loss=0, cpa_loss=0, r
 
 def test_curves_of_a_run_that_has_just_begun(tmp_path, figures):
     path = tmp_path / "curves.png"
-    pictures.curves(write(tmp_path / "log.jsonl", STEP), path)
+    pictures.curves([STEP], path)
     assert Image.open(path).width > 900
     assert curves_in(figures[0]) == {
         "losses": ["segmentation_loss", "spd_loss", "cpa_loss"],
@@ -159,15 +155,16 @@ def test_curves_of_a_run_that_has_just_begun(tmp_path, figures):
 
 def test_curves_of_plain_fine_tuning(tmp_path, figures):
     """It logs nothing of distillation; and a score may have no value."""
-    log = write(
-        tmp_path / "log.jsonl",
+    log = tmp_path / "log.jsonl"
+    lines = [
         dict(step=1, total_loss=1, segmentation_loss=1),
         dict(step=1, mIoU_ground_truth=3, seen=5, unseen=None, harmonic=None),
         dict(step=2, total_loss=1, segmentation_loss=0.5),
         dict(step=2, mIoU_ground_truth=3, seen=6, unseen=1, harmonic=2),
-    )
-    log.write_text(log.read_text() + '{"step": 3, "total')  # the power went
-    pictures.curves(log, tmp_path / "curves.png")
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    log.write_text(text + '{"step": 3, "total')  # the power went
+    pictures.curves(read_log(log), tmp_path / "curves.png")
     found = {"losses": ["segmentation_loss"], "evaluation": ["seen", "unseen", "harmonic"]}
     assert curves_in(figures[0]) == found
     assert figures[0].axes[0].get_lines()[0].get_xydata().tolist() == [[1, 1], [2, 0.5]]
@@ -175,13 +172,12 @@ def test_curves_of_plain_fine_tuning(tmp_path, figures):
 
 
 def test_curves_of_a_run_without_unseen_classes(tmp_path, figures):
-    log = write(tmp_path / "log.jsonl", STEP, dict(step=1, mIoU_ground_truth=30))
-    pictures.curves(log, tmp_path / "curves.png")
+    pictures.curves([STEP, dict(step=1, mIoU_ground_truth=30)], tmp_path / "curves.png")
     assert curves_in(figures[0])["evaluation"] == ["mIoU_ground_truth"]
 
 
 def test_curves_of_nothing(tmp_path):
-    pictures.curves(write(tmp_path / "log.jsonl"), tmp_path / "curves.png")
+    pictures.curves([], tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").width > 1000
 
 

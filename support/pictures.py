@@ -75,14 +75,12 @@ def grid(titles, rows, entries, cell=(192, 576)):
     for i, title in enumerate(titles):
         ImageDraw.Draw(strips[0]).text((8 + i * step, 4), title, "black", font)
     for row in rows:
-        strip = Image.new("RGB", (width, cell[1] + 8), "white")
-        height = 0
+        scales = [min(cell[0] / image.width, cell[1] / image.height) for image in row]
+        row = [image.resize([max(1, round(side * scale)) for side in image.size], Image.BOX)
+               for image, scale in zip(row, scales)]
+        strips.append(Image.new("RGB", (width, 8 + max(image.height for image in row)), "white"))
         for i, image in enumerate(row):
-            scale = min(cell[0] / image.width, cell[1] / image.height)
-            image = image.resize([max(1, round(side * scale)) for side in image.size], Image.BOX)
-            strip.paste(image, (8 + i * step, 0))
-            height = max(height, image.height)
-        strips.append(strip.crop((0, 0, width, height + 8)))
+            strips[-1].paste(image, (8 + i * step, 0))
     x = width
     for text, colour in entries:
         length = 3 * size + int(font.getlength(text))

@@ -30,9 +30,8 @@ roll_call = None  # another one, which says who is missing when a collective has
 
 
 def keep_memory():
-    """Have glibc keep what large tensors free, instead of giving it back to the kernel and faulting
-    it in again at every step. Nothing where there is no glibc, or LD_PRELOAD brings an allocator.
-    """
+    """Have glibc keep what large tensors free instead of faulting it in anew at every step. Nothing
+    where there is no glibc, or LD_PRELOAD brings an allocator."""
     with contextlib.suppress(OSError, AttributeError):
         if not os.environ.get("LD_PRELOAD"):
             mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -41,10 +40,8 @@ def keep_memory():
 
 
 def start_processes(minutes):
-    """Join torchrun's process group, if there is one. Returns (rank, number of processes, device).
-
-    minutes: how long a process waits for the others before it gives up.
-    """
+    """Join torchrun's process group, if there is one, in which a process waits for the others for
+    so many minutes. Returns (rank, number of processes, device)."""
     global control, roll_call
     keep_memory()
     rank, world, local = (int(os.environ.get(name, default)) for name, default in

@@ -33,19 +33,17 @@ class TrainingCrops(torch.utils.data.Dataset):
         self.size = size
         self.seed = seed
         self.jitter = jitter
-        self.epoch = None
-        self.order = None
+        self.orders = {}  # of the running epoch alone
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, draw):
         epoch, place = divmod(draw, len(self.dataset))
-        if epoch != self.epoch:
+        if epoch not in self.orders:
             rng = np.random.default_rng((self.seed, 0, epoch))
-            self.epoch = epoch
-            self.order = rng.permutation(len(self.dataset))
-        image, pixel_labels, path = self.dataset.load(int(self.order[place]))
+            self.orders = {epoch: rng.permutation(len(self.dataset))}
+        image, pixel_labels, path = self.dataset.load(int(self.orders[epoch][place]))
         rng = np.random.default_rng((self.seed, 1, draw))
         image, pixel_labels = augment(image, pixel_labels, self.size, self.jitter, rng)
         return normalise(image), torch.from_numpy(pixel_labels), path

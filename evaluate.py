@@ -27,6 +27,7 @@ from support.command_line import parse_evaluation
 from support.errors import UserError
 from support.tables import format_result
 
+
 def resize(x, size):
     """Bilinear without antialiasing, as CAT-Seg resizes everything: [B,C,h,w] -> [B,C,*size]."""
     return F.interpolate(x, size, mode="bilinear", align_corners=False)

@@ -44,8 +44,8 @@ def parse_training(description, recipe, datasets, argv=None):
         help="rpmd (default); frozen: the same with the original CLIP as teacher; pooled: MAFT+'s; "
              "none: plain CAT-Seg")
     for flag, (real, tiny, kind, whose, text) in recipe.items():
-        add(f"--{flag}", type=kind,
-            help=f"{text} ({whose}); default {real:g} (for the tiny CLIP {tiny:g}, ours)")
+        own = f", for the tiny CLIP {tiny:g} (ours)" if tiny != real else ""
+        add(f"--{flag}", type=kind, help=f"{text}; default {real:g} ({whose}){own}")
     add("--spd-features", default="normalised", choices=("normalised", "raw"),
         help="what Eq. (2) compares: unit vectors (default), or CLIP's features as they are (ours)")
     add("--ignored", default="negative", choices=("negative", "skip"),

@@ -7,7 +7,7 @@
 Every image is evaluated once, whatever the number of processes. Tables are also written, to
 eval/DATASET.json beside the checkpoint; a picture's labels to photo.seg.png beside the picture.
 """
-import support.signals  # noqa: F401, first: it answers Ctrl-C while the rest is imported
+import support.signals  # noqa: F401, first: it handles Ctrl-C during the slow imports
 import functools
 import sys
 from pathlib import Path

@@ -530,3 +530,15 @@ def test_compile_without_a_compiler_is_refused(go, monkeypatch):
         UserError, match="--compile needs a C\\+\\+ compiler, and there is no no-su"
     ):
         go("a", "--compile")
+
+
+def test_weights_to_start_from_keep_their_bias(tmp_path):
+    """--prior is for a head that has learnt nothing yet."""
+    args = train.parse(["--pretrained", "none", "--channels", "16", "--prior", "0.2"])
+    model = train.build_model(args, 0)
+    assert model.head.logit.bias.sigmoid().item() == pytest.approx(0.2)
+    torch.nn.init.constant_(model.head.logit.bias, 7.0)
+    path = tmp_path / "start.pt"
+    torch.save(dict(config=model.config, model=model.state_dict()), path)
+    args.init_cat_seg = str(path)
+    assert train.build_model(args, 0).head.logit.bias.item() == 7.0

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(min(2, torch.get_num_threads()))
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # by a script's `pytest &`; children inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from model import build  # noqa: E402
 from support import pictures  # noqa: E402

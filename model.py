@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 PROMPT = "A photo of a {} in the scene"  # CAT-Seg's
+PROMPT_START = 5  # tokens of it before the name: the start token, a, photo, of, a
 make_tokenizer = functools.cache(open_clip.tokenizer.SimpleTokenizer)
 MAX_CLASSES = 256  # of an image, that the head looks at; the logits of any further ones are -100
 TINY = dict(  # the toy world's CLIP: small enough to pre-train in a minute or two
@@ -45,13 +46,19 @@ class Attention(nn.Module):
         self.in_proj_bias = packed.in_proj_bias
         self.out_proj = packed.out_proj
 
-    def forward(self, x, causal=False):
-        """x [B,n,width] -> [B,n,width]."""
+    def forward(self, x, before=None, causal=False):
+        """x [B,n,width] -> [B,n,width]. before [1,p,width]: tokens that precede those of every row
+        and are attended to as well. causal: a token attends to none that follows it."""
         q_bias, k_bias, v_bias = self.in_proj_bias.chunk(3)
+        y = x if before is None else torch.cat([before.expand(len(x), -1, -1), x], 1)
         q = self.split_heads(F.linear(x, self.q_proj_weight, q_bias))  # [B,heads,n,width/heads]
-        k = self.split_heads(F.linear(x, self.k_proj_weight, k_bias))
-        v = self.split_heads(F.linear(x, self.v_proj_weight, v_bias))
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        k = self.split_heads(F.linear(y, self.k_proj_weight, k_bias))  # [B,heads,p+n,width/heads]
+        v = self.split_heads(F.linear(y, self.v_proj_weight, v_bias))
+        mask = None
+        if causal:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device)
+            mask = mask.tril(k.shape[2] - q.shape[2])
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
     def split_heads(self, x):
@@ -75,9 +82,12 @@ def mlp(up, activation, down, x):
     return checkpoint(rest, up(x), down.weight, down.bias, use_reentrant=False)
 
 
-def run_block(block, x, causal=False):
-    """One residual block of open_clip's transformer whose attention is ours. x [B,n,width]."""
-    x = x + block.ls_1(block.attn(block.ln_1(x), causal))
+def run_block(block, x, before=None, causal=False):
+    """One residual block of open_clip's transformer whose attention is ours; x [B,n,width], before
+    and causal as there."""
+    if before is not None:
+        before = block.ln_1(before)
+    x = x + block.ls_1(block.attn(block.ln_1(x), before, causal))
     return x + block.ls_2(mlp(*block.mlp, block.ln_2(x)))
 
 
@@ -156,13 +166,18 @@ class TextEncoder(nn.Module):
         self.text_projection = clip.text_projection
         self.context_length = clip.context_length
 
-    def forward(self, tokens):
-        """tokens [K,n] -> text embeddings [K,D], of unit length. Attention is causal, so nothing
-        after the end token (the highest id) matters, and n need not be the full context."""
+    def forward(self, tokens, start=1):
+        """tokens [K,n] -> text embeddings [K,D], of unit length. Attention is causal: nothing after
+        the end token (the highest id) matters, so n need not be the full context; and where all
+        rows begin with the same tokens, these are computed once. start: their number, 1 for the
+        start token alone, PROMPT_START for prompts of `tokenize`.
+        (test_a_common_start_changes_nothing)"""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
+        before, x = x[:1, :start], x[:, start:]  # [1,start,width], [K,n-start,width]
         for block in self.transformer.resblocks:
-            x = run_block(block, x, causal=True)  # [K,n,width]
-        x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]  # [K,width]
+            x = run_block(block, x, before, causal=True)
+            before = run_block(block, before, causal=True)
+        x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1) - start]  # [K,width]
         return F.normalize(self.ln_final(x) @ self.text_projection, dim=-1)
 
 
@@ -442,9 +457,9 @@ class Segmenter(nn.Module):
         """images [B,3,S,S] -> patches V [B,L,D], middle features for `Head.decode`."""
         return self.image_encoder(images)
 
-    def encode_text(self, tokens):
-        """tokens [K,n] -> T [K,D], of unit length."""
-        return self.text_encoder(tokens)
+    def encode_text(self, tokens, start=1):
+        """tokens [K,n] -> T [K,D], of unit length. start: as in `TextEncoder`."""
+        return self.text_encoder(tokens, start)
 
     def cost(self, patches, text):
         """Cosines of every patch [B,L,D] with every class [K,D]: [B,K,H,W]."""
@@ -466,10 +481,10 @@ class Segmenter(nn.Module):
         all_logits = logits.new_full((*cost.shape[:2], *logits.shape[2:]), -100.0)
         return all_logits.index_put((image, kept), logits)
 
-    def forward(self, images, tokens):
+    def forward(self, images, tokens, start=1):
         """images [B,3,S,S], tokens [K,n] -> logits [B,K,4H,4W], patches [B,L,D], text [K,D]."""
         patches, middle = self.encode_image(images)
-        text = self.encode_text(tokens)
+        text = self.encode_text(tokens, start)
         return self.compute_logits(patches, middle, text), patches, text
 
     def set_trained(self, adapt):

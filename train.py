@@ -26,6 +26,7 @@ import data
 from ema import MomentumEncoder, frozen_copy
 from losses import (IGNORE, class_prototypes, class_reference_masks, contrast_mask, cpa_loss,
                     patch_labels, reference_mask, segmentation_loss, spd_loss, total_loss)
+from model import PROMPT_START
 from sources import tiny_clip
 from study import progress
 from study.rivals import pooled_loss
@@ -76,7 +77,8 @@ def step_losses(model, momentum, images, pixel_labels, tokens, args):
     process.
     """
     with runs.autocast(images.device, args.precision):
-        logits, patches, text = model(images, tokens)  # [B,K,4H,4W], V [B,L,D], T [K,D]
+        # [B,K,4H,4W], V [B,L,D], T [K,D]
+        logits, patches, text = model(images, tokens, PROMPT_START)
         momentum_patches, _ = momentum(images)  # V^M [B,L,D]
     logits, patches, text = logits.float(), patches.float(), text.float()
     momentum_patches = momentum_patches.float()
@@ -106,7 +108,7 @@ def rival_losses(model, original, images, pixel_labels, tokens, args):
     distillation from the CLIP that training began with (pooled). They have no reference patches:
     the patches logged as such are those that the trained encoder predicts correctly."""
     with runs.autocast(images.device, args.precision):
-        logits, patches, text = model(images, tokens)
+        logits, patches, text = model(images, tokens, PROMPT_START)
     patches, grid = patches.float(), unwrap(model).grid
     seg = segmentation_loss(logits.float(), pixel_labels, args.ignored)
     [seg] = weigh_by_process([seg], [counted_pixels(pixel_labels, args)])

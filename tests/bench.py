@@ -34,7 +34,7 @@ import evaluate  # noqa: E402
 import losses  # noqa: E402
 import train  # noqa: E402
 from ema import MomentumEncoder  # noqa: E402
-from model import build  # noqa: E402
+from model import PROMPT_START, build  # noqa: E402
 from sources.benchmarks import CLASSES  # noqa: E402
 from sources.registry import open_dataset  # noqa: E402
 from support import runs  # noqa: E402
@@ -51,7 +51,7 @@ def step(model, momentum, images, pixel_labels, tokens, meter):
     with meter("image encoder"):
         patches, middle = model.encode_image(images)
     with meter("text encoder"):
-        text = model.encode_text(tokens)
+        text = model.encode_text(tokens, PROMPT_START)
     v, *m, t = (x.detach().requires_grad_() for x in (patches, *middle, text))
     with meter("head"):
         logits = model.compute_logits(v, m, t)

@@ -150,9 +150,9 @@ def class_iou(confusion):
 def mean_iou(confusion, classes=slice(None)):
     """Both mIoU definitions in circulation, in [0, 1], NaN where no class counts.
 
-    confusion [K,K] from `confusion_matrix`; classes: average over these only (the whole matrix
-    still counts as errors). "ground_truth" averages over the classes that occur in the labels
-    (detectron2 since July 2022, so CAT-Seg and SED); "union" also over classes that are only
+    confusion [K,K] from `confusion_matrix`; classes: average over this list of them (the whole
+    matrix still counts as errors). "ground_truth" averages over the classes that occur in the
+    labels (detectron2 since July 2022, so CAT-Seg and SED); "union" also over classes that are only
     predicted, with IoU 0 (detectron2 0.6, mmsegmentation, so MAFT+ and SAN).
     """
     iou, labelled = (values[classes] for values in class_iou(confusion))

@@ -112,7 +112,7 @@ def cpa_loss(patches, prototypes, valid, labels, correct, tau, ignore=-1):
     correct bool [B,L]: `reference_mask` of these patches; tau: the temperature. Q is what
     `contrast_mask` gives; the denominator runs over the classes with a prototype in the image.
     Returns a scalar: the mean over Q in each image, then over the images whose Q is not empty; 0
-    (with zero gradient) when all are. No gradient reaches the prototypes.
+    (with zero gradient) when every Q is. No gradient reaches the prototypes.
     """
     own_class = labels.masked_fill(labels == ignore, 0)  # [B,L]
     # asked on CPUs only: on a GPU the answer would be waited for

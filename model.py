@@ -372,9 +372,10 @@ class Head(nn.Module):
 
     D: width of the joint embedding; width: of the image encoder; grid: patches a side, an even
     number; C: channels. recompute: forget the widest activations and compute them again in the
-    backward pass. What else the project knows of a head: `aggregate` and `decode`, which
-    `Segmenter.compute_logits` calls; the bias of `logit`, on which --prior is set; and that
-    parameters with "norm" in their name get no weight decay.
+    backward pass. What else the project expects of a head: `aggregate` and `decode`, which
+    `Segmenter.compute_logits` calls; the bias of `logit`, on which --prior is set; parameters with
+    "norm" in their name get no weight decay; --compile of evaluate.py names the modules that it
+    compiles, and `support.weights.CAT_SEG_NAMES` CAT-Seg's tensors.
     """
 
     def __init__(self, D, width, grid, C=128, layers=2):

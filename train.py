@@ -36,13 +36,13 @@ from support.flags import (below_one, non_negative, non_negative_int, positive, 
                            probability)
 from tpa import pre_align
 
-# The paper gives no hyperparameters. "ours": chosen here; all that differs with the tiny CLIP is,
-# and was tuned on toy worlds (docs/results.md). Nobody has tuned them for real CLIPs yet.
+# The paper gives no hyperparameters. "ours": chosen here, as is all that differs with the tiny CLIP
+# (on toy worlds, docs/results.md). For real CLIPs nobody has tuned ours yet.
 CAT_SEG, MAFT, OURS = "CAT-Seg's", "MAFT+'s", "ours"
 RECIPE = {
     # flag: (default with a real CLIP, with --clip tiny, what it may be, whose default, help)
     "steps": (80_000, 320, positive_int, CAT_SEG, "optimiser steps of joint training"),
-    "batch-size": (4, 4, positive_int, CAT_SEG, "images per step of all GPUs, at least one each"),
+    "batch-size": (4, 4, positive_int, CAT_SEG, "images per step of all GPUs, or one each"),
     "lr": (2e-4, 2.5e-3, positive, CAT_SEG, "learning rate of the head"),
     "clip-lr-factor": (0.01, 0.3, non_negative, CAT_SEG, "CLIP's learning rate divided by --lr"),
     "weight-decay": (1e-4, 1e-4, non_negative, CAT_SEG, "of AdamW, 0 on norms"),
@@ -56,8 +56,8 @@ RECIPE = {
     "lambda-pooled": (0.1, 0.1, non_negative, MAFT, "weight of --distill pooled"),
     "tau": (0.1, 0.1, positive, OURS, "temperature of CPA, Eq. (5)"),
     "alpha": (0.999, 0.99, probability, OURS, "momentum of the momentum encoder"),
-    "tpa-steps": (200, 10, non_negative_int, OURS, "steps of text-to-patch pre-alignment, 0: off"),
-    "tpa-lr": (2e-6, 5e-4, positive, OURS, "learning rate of text-to-patch pre-alignment"),
+    "tpa-steps": (200, 10, non_negative_int, OURS, "steps of TPA (RPMD alone has it), 0: none"),
+    "tpa-lr": (2e-6, 5e-4, positive, OURS, "learning rate of TPA"),
     "log-every": (50, 10, positive_int, OURS, "steps between lines in log.jsonl"),
     "eval-every": (10_000, 100, non_negative_int, OURS, "steps between evaluations, 0: at the end"),
     "save-every": (1000, 100, non_negative_int, OURS, "steps between checkpoints, 0: at the end"),
@@ -73,8 +73,8 @@ def step_losses(model, momentum, images, pixel_labels, tokens, args):
     """RPMD, top to bottom as in the paper's Figure 1, on one micro-batch.
 
     model: Segmenter, or DDP around one. momentum: a MomentumEncoder; with an alpha of 1 this is
-    --distill frozen. Returns L_total, and for the log its terms and numbers of patches, all of this
-    process.
+    --distill frozen. tokens: of `Segmenter.tokenize`, with its usual prompt. Returns L_total, and
+    for `progress.log_step` its terms and numbers of patches, all of this process.
     """
     with runs.autocast(images.device, args.precision):
         # [B,K,4H,4W], V [B,L,D], T [K,D]
@@ -112,17 +112,17 @@ def rival_losses(model, original, images, pixel_labels, tokens, args):
     patches, grid = patches.float(), unwrap(model).grid
     seg = segmentation_loss(logits.float(), pixel_labels, args.ignored)
     [seg] = weigh_by_process([seg], [counted_pixels(pixel_labels, args)])
-    pooled = torch.zeros_like(seg)
+    labels = patch_labels(pixel_labels, grid)
+    correct = reference_mask(patches, text.float(), labels)
+    figures = dict(segmentation_loss=seg, total_loss=seg,
+                   reference_patches=correct.sum(), labelled_patches=(labels != IGNORE).sum())
     if args.distill == "pooled":
         with runs.autocast(images.device, args.precision):
             original_patches, _ = original(images)
         pooled = pooled_loss(patches, original_patches.float(), grid)
-    loss = seg + args.lambda_pooled * pooled
-    labels = patch_labels(pixel_labels, grid)
-    correct = reference_mask(patches, text.float(), labels)
-    figures = dict(segmentation_loss=seg, pooled_loss=pooled, total_loss=loss,
-                   reference_patches=correct.sum(), labelled_patches=(labels != IGNORE).sum())
-    return loss, figures
+        figures["pooled_loss"] = pooled
+        figures["total_loss"] = seg + args.lambda_pooled * pooled
+    return figures["total_loss"], figures
 
 
 def unwrap(model):

@@ -39,7 +39,8 @@ children = []  # processes that train, or have
 
 def read_table(verb):
     """{row: flags of train.py} of a table."""
-    return dict(re.findall(r"^(.*?) *\| *(.*)$", TABLES[verb].read_text(), re.MULTILINE))
+    rows = re.findall(r"^(.*)\|(.*)$", TABLES[verb].read_text(), re.MULTILINE)
+    return {name.strip(): flags.strip() for name, flags in rows}
 
 
 def setting(row):
@@ -209,10 +210,9 @@ def matching(words, rows, flag):
     return [row for row in rows if row in found]
 
 
-def compare(args, rows):
-    """Train rows {name: flags} with every seed. Returns their summaries, paired as `bases` says,
-    after that of the untrained CLIP."""
-    base = bases(rows, args.against)
+def compare(args, rows, base):
+    """Train rows {name: flags} with every seed. Returns their summaries, paired with the row that
+    base has for their setting, after that of the untrained CLIP."""
     check_arguments(args, rows)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     # all seeds of the first row come first: they pre-train the CLIPs that the others find
@@ -265,24 +265,25 @@ def tabulate(args):
     """Train the rows of a table and write NAME.md, printed too; NAME.jsonl, a run a line; NAME.png:
     seen against unseen; and of rows with an --eval-every, over their steps, NAME-steps.png."""
     rows = read_table(args.verb)
+    base = bases(rows, args.against)
     if args.rows:
-        base, wanted = bases(rows, args.against), matching(args.rows, rows, "--rows")
+        wanted = matching(args.rows, rows, "--rows")
         wanted += [base.get(setting(row)) for row in wanted]
         rows = {row: flags for row, flags in rows.items() if row in wanted}
-    summaries = compare(args, rows)
+    shown = ", ".join(row for row in base.values() if row in rows) or "nothing"
+    summaries = compare(args, rows, base)
     trained = [s for s in summaries[1:] if "--adapt none" not in rows[s["row"]]]
     text = [markdown(summaries), "", describe_correlations(trained)]
     for one in dict.fromkeys(setting(s["row"]) for s in trained):
         some = [s for s in trained if setting(s["row"]) == one]
         if one and len(some) > 1:
             text.append(describe_correlations(some, f" at {one}"))
-    base = ", ".join(bases(rows, args.against).values())
     text += [
         "", "mIoU in per cent, mean ± standard deviation over seeds; mean paired difference to "
-        f"{base} (of the same setting), with its 95 % interval, not corrected; p of the paired t "
-        "test, by Holm for the trained rows of this table; share of reference patches in training "
-        "images before and after, of the teacher where there is one; drift of reference patches in "
-        "validation images, 1 − cos.", ""]
+        f"{shown} (of the same setting), with its 95 % interval, not corrected; "
+        "p of the paired t test, by Holm for the trained rows of this table; share of reference "
+        "patches in training images before and after, of the teacher where there is one; drift of "
+        "reference patches in validation images, 1 − cos.", ""]
     md, jsonl, png = (Path(args.out, f"{args.verb}.{kind}") for kind in ("md", "jsonl", "png"))
     lines = [json.dumps({"row": s["row"], "seed": seed, **run}) + "\n"
              for s in summaries for seed, run in s["seeds"].items()]

@@ -58,8 +58,9 @@ def add_up(figures, found):
 
 
 def log_step(run, figures, grad_norm, seconds):
-    """A line of log.jsonl, over all processes: means of losses, counts of patches. Returns what the
-    progress bar shows of it."""
+    """A line of log.jsonl, over all processes: of figures called ..._loss the mean over processes
+    and micro-batches, of others (..._patches) the sum. Returns what the progress bar shows of it.
+    """
     sums = torch.stack(list(figures.values()))
     if run.world > 1:
         dist.all_reduce(sums)

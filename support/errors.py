@@ -55,4 +55,5 @@ def replacing(path):
                 os.fsync(file.fileno())
             temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is gone, or the disk has become read-only
+            temporary.unlink()

@@ -167,14 +167,15 @@ def over_steps(path, summaries):
     share, unseen = [], []
     for row in summaries:
         runs = [run.get("evaluations", []) for run in row["seeds"].values()]
-        if min(map(len, runs)) > 1:
+        if len(runs[0]) > 1 and len(set(map(len, runs))) == 1:
             step, miou, patches = np.mean(runs, 0).T
             style = "o--" if "frozen" in row["row"] else "o-"
             share.append((row["row"], 100 * step / step[-1], 100 * patches, style))
             unseen.append((row["row"], 100 * step / step[-1], miou, style))
     if share:
-        save_plot(path, [("reference patches of the teacher", "% of the steps", "% of the labelled "
-                          "patches", share), ("unseen", "% of the steps", "mIoU, %", unseen)])
+        save_plot(path, [
+            ("reference patches (of the teacher)", "% of the steps", "% of labelled ones", share),
+            ("unseen", "% of the steps", "mIoU, %", unseen)])
 
 
 def curves(lines, path):
@@ -185,6 +186,7 @@ def curves(lines, path):
 
     miou = found("seen", "o-") + found("unseen", "o-") + found("harmonic", "o-")
     save_plot(path, [
-        ("losses", "step", "", found("segmentation_loss") + found("spd_loss") + found("cpa_loss")),
+        ("losses", "step", "", found("segmentation_loss") + found("spd_loss") + found("cpa_loss")
+         + found("pooled_loss")),
         ("reference patches", "step", "% of labelled patches", found("reference_share", scale=100)),
         ("evaluation", "step", "mIoU, %", miou or found("mIoU_ground_truth", "o-"))])

@@ -229,7 +229,7 @@ def read_log(path):
     """The lines of a log.jsonl; one that a power cut left unfinished is dropped."""
     lines = []
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             lines.append(json.loads(line))
     return lines
 

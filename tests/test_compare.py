@@ -136,24 +136,24 @@ def test_every_row_has_the_same_seeds_and_runs_are_made_once(tmp_path, monkeypat
     in_place_of_train(monkeypatch, make)
     monkeypatch.setattr(compare, "code", lambda: version[0])
     rows = {"plain": "--distill none", "rpmd": "--distill rpmd --clip-lr-factor 0.1"}
-    found = compare.compare(arguments(tmp_path, jobs=3), rows)
+    found = compare.compare(arguments(tmp_path, jobs=3), rows, {"": "plain"})
     assert sorted(made) == [(d, s, f"toy:{s}") for d in ("none", "rpmd") for s in (5, 6, 7)]
     assert [row["row"] for row in found] == ["untrained CLIP", "plain", "rpmd"]
     assert [list(row["seeds"]) for row in found] == [[5, 6, 7]] * 3, "in order"
     assert found[1]["seeds"][6]["unseen"] == results(6)["trained"]["unseen"]
     assert ["against" in row for row in found] == [True, False, True]
     made.clear()
-    compare.compare(arguments(tmp_path, seeds=4), rows)
+    compare.compare(arguments(tmp_path, seeds=4), rows, {"": "plain"})
     assert sorted(made) == [("none", 8, "toy:8"), ("rpmd", 8, "toy:8")]
     made.clear()
     assert "another version" not in capsys.readouterr().out
     (tmp_path / "runs/distill-none/seed-6/results.json").write_text("{")  # cut off
     version[0] = "two"
-    compare.compare(arguments(tmp_path), rows)
+    compare.compare(arguments(tmp_path), rows, {"": "plain"})
     assert made == [("none", 6, "toy:6")] and "another version" in capsys.readouterr().out
     made.clear()
-    compare.compare(arguments(tmp_path, jobs=1, further=["--steps", "7"]), rows)
-    compare.compare(arguments(tmp_path), rows)
+    compare.compare(arguments(tmp_path, jobs=1, further=["--steps", "7"]), rows, {"": "plain"})
+    compare.compare(arguments(tmp_path), rows, {"": "plain"})
     assert len(made) == 6, "other flags, other runs, beside the first ones"
     assert [run[1] for run in made] == [5, 6, 7] * 2, "a seed's CLIP is made by one run"
 
@@ -187,7 +187,7 @@ def test_a_seed_decides_the_world_unless_the_row_does(tmp_path):
 )
 def test_what_cant_be_run_is_refused(tmp_path, wrong, sentence):
     with pytest.raises(UserError, match=sentence):
-        compare.compare(arguments(tmp_path, **wrong), {"plain": "--distill none"})
+        compare.compare(arguments(tmp_path, **wrong), {"plain": "--distill none"}, {"": "plain"})
 
 
 def test_lists_that_do_not_fit_are_refused(tmp_path, folder):
@@ -197,7 +197,7 @@ def test_lists_that_do_not_fit_are_refused(tmp_path, folder):
     ):
         with pytest.raises(UserError, match=sentence):
             args = arguments(tmp_path, dataset=f"folder:{folder}", unseen=lists)
-            compare.compare(args, {"plain": "--distill none"})
+            compare.compare(args, {"plain": "--distill none"}, {"": "plain"})
 
 
 def test_rows_that_match_nothing(tmp_path):
@@ -443,3 +443,12 @@ def test_evaluations_on_the_way_are_kept_and_drawn(made_up_table, tmp_path, monk
     _, x, y, _ = unseen[3][0]
     assert list(x) == [50, 100] and list(y) == [8, 10]
     assert list(share[3][0][2]) == pytest.approx([20, 40])
+
+
+def test_rows_of_a_setting_without_a_base(made_up_table, tmp_path, monkeypatch):
+    """They are shown without differences."""
+    made_up(monkeypatch, lambda args: 50.0)
+    made_up_table.rows = ["head only"]
+    compare.tabulate(made_up_table)
+    table = (tmp_path / "made_up.md").read_text().partition("\n\n")[0]
+    assert "| head only" in table and "| plain" not in table and "[" not in table

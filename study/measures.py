@@ -81,7 +81,7 @@ def example_sheet(model, original, original_text, momentum, dataset, sliding, co
     encoders = {"reference patches\nof the original CLIP": (original, original_text)}
     if momentum:
         encoders["reference patches of\nthe momentum encoder"] = (momentum, text)
-    encoders["patches that are right\nin the target CLIP"] = (model.encode_image, text)
+    encoders["correct patches of\nthe trained encoder"] = (model.encode_image, text)
     rows, label_maps = [], []
     for image, pixel_labels, view, view_labels in views(model, varied(dataset, count)):
         row = [image, drawing.paint(pixel_labels, names)]

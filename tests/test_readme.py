@@ -232,8 +232,10 @@ def test_tables_of_results_are_those_of_the_raw_runs():
     worlds, _, rest = first.partition("## Each method over")
     rates_of_clip, _, recipe = rest.partition("## How the recipe was chosen")
     tuned, _, fresh = results.partition("## The comparison")
-    fresh = fresh.partition("Against RPMD")[0]
+    fresh, _, others = fresh.partition("Against RPMD")
+    sections = {s.partition("\n")[0]: s for s in others.split("\n## ")}
     parts = {"first-ablate": worlds, "first-sweep": recipe, "tune": tuned, "ablate": fresh}
+    parts |= {"parts": sections["Each part left out"]}
     for name, part in parts.items():
         for row, scores in mean_scores(name).items():
             means = [cell.partition(" ± ")[0] for cell in table_row(part, row)[:3]]

@@ -235,7 +235,8 @@ def test_tables_of_results_are_those_of_the_raw_runs():
     fresh, _, others = fresh.partition("Against RPMD")
     sections = {s.partition("\n")[0]: s for s in others.split("\n## ")}
     parts = {"first-ablate": worlds, "first-sweep": recipe, "tune": tuned, "ablate": fresh}
-    parts |= {"parts": sections["Each part left out"]}
+    parts["parts"] = sections["Each part left out"]
+    parts["momentum"] = sections["What momentum does over time"]
     for name, part in parts.items():
         for row, scores in mean_scores(name).items():
             means = [cell.partition(" ± ")[0] for cell in table_row(part, row)[:3]]

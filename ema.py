@@ -11,6 +11,7 @@ def frozen_copy(encoder):
     the others, and the buffers: of CLIP-V, whose q and v train, a sixth. Choose what trains before
     calling this: what is unfrozen later would change in the copy too."""
     shared = {id(p): p for p in encoder.parameters() if not p.requires_grad}
+    # deepcopy takes `shared` for copies that it has made already
     return copy.deepcopy(encoder, shared).eval().requires_grad_(False)
 
 
@@ -18,9 +19,9 @@ class MomentumEncoder:
     """E^M of the paper: E^M = alpha * E^M + (1 - alpha) * E, starting as a copy of E.
 
     encoder: E, the encoder that is trained (the paper's target; here the average follows it), any
-    nn.Module. alpha: the momentum, in [0, 1]; with 1, E^M stays as it is: a frozen teacher. Calling
-    it runs E^M without a graph and returns what E returns. On purpose it is no nn.Module, so that
-    neither the optimiser nor DDP sees its parameters.
+    nn.Module. alpha: the momentum, in [0, 1]; with 1, its parameters stay as they are: a frozen
+    teacher. Calling it runs E^M without a graph and returns what E returns. On purpose it is no
+    nn.Module, so that neither the optimiser nor DDP sees its parameters.
     """
 
     def __init__(self, encoder, alpha):

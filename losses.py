@@ -151,14 +151,13 @@ def segmentation_loss(logits, pixel_labels, ignored="negative", chunk=32, ignore
     """
     if ignored not in ("negative", "skip"):
         raise ValueError(f"ignored is 'negative' or 'skip', not {ignored!r}")
-    counted = torch.ones_like(pixel_labels, dtype=torch.bool)
-    if ignored == "skip":
-        counted = pixel_labels != ignore
+    known = pixel_labels != ignore
+    counted = known if ignored == "skip" else torch.ones_like(known)
 
     def sum_over_chunk(z, first):
-        z = F.interpolate(z, counted.shape[-2:], mode="bilinear", align_corners=False)
+        z = F.interpolate(z, pixel_labels.shape[-2:], mode="bilinear", align_corners=False)
         index = (pixel_labels - first)[:, None]  # [B,1,H,W]
-        here = (pixel_labels[:, None] != ignore) & (index >= 0) & (index < z.shape[1])
+        here = known[:, None] & (index >= 0) & (index < z.shape[1])
         at_label = z.gather(1, index.clamp(0, z.shape[1] - 1)) * here
         return (F.softplus(z) * counted[:, None]).sum() - at_label.sum()
 

@@ -9,7 +9,7 @@
 rounding (test_equals_cat_seg_written_literally). Where the code is faster than the obvious line,
 that line is in the docstring.
 
-B images, L = H*W patches, K classes, D width of the joint embedding, C = 128 channels of the head.
+B images, L = H*W patches, K classes, D width of the joint embedding, C channels of the head.
 """
 import functools
 import math
@@ -176,7 +176,7 @@ class TextEncoder(nn.Module):
         before, x = x[:1, :start], x[:, start:]  # [1,start,width], [K,n-start,width]
         for block in self.transformer.resblocks:
             x = run_block(block, x, before, causal=True)
-            before = run_block(block, before, causal=True)
+            before = run_block(block, before, causal=True)  # as the next block needs it
         x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1) - start]  # [K,width]
         return F.normalize(self.ln_final(x) @ self.text_projection, dim=-1)
 
@@ -371,11 +371,12 @@ class Head(nn.Module):
     """Cosines of patches and texts [B,K,H,W] to logits [B,K,4H,4W].
 
     D: width of the joint embedding; width: of the image encoder; grid: patches a side, an even
-    number; C: channels. recompute: forget the widest activations and compute them again in the
-    backward pass. What else the project expects of a head: `aggregate` and `decode`, which
-    `Segmenter.compute_logits` calls; the bias of `logit`, on which --prior is set; parameters with
-    "norm" in their name get no weight decay; --compile of evaluate.py names the modules that it
-    compiles, and `support.weights.CAT_SEG_NAMES` CAT-Seg's tensors.
+    number; C: channels; layers: pairs of aggregations. What the project expects of a head:
+    `aggregate` and `decode`, which `Segmenter.compute_logits` calls; the bias of `logit`, on which
+    --prior is set (by default with the tiny CLIP); the attribute `recompute`, which train.py sets:
+    whether to forget the widest activations and compute them again in the backward pass. Parameters
+    with "norm" in their name get no weight decay. --compile of evaluate.py names the modules that
+    it compiles, and `support.weights.CAT_SEG_NAMES` CAT-Seg's tensors.
     """
 
     def __init__(self, D, width, grid, C=128, layers=2):

@@ -40,7 +40,6 @@ def pre_align(model, tokens, batches, lr, device):
         labels = patch_labels(pixel_labels.to(device), model.grid)
         text = model.encode_text(tokens)
         loss, count = alignment_loss(patches, text, labels, model.logit_scale.exp().clamp(max=100))
-        optimiser.zero_grad()
         loss.backward()
         loss = loss.detach()
         if dist.is_initialized():  # sums over processes, then one mean
@@ -50,5 +49,5 @@ def pre_align(model, tokens, batches, lr, device):
             p.grad /= count.clamp(min=1)
         optimiser.param_groups[0]["lr"] = lr * (1 - step / steps)
         optimiser.step()
-    optimiser.zero_grad()  # joint training starts without leftovers
+        optimiser.zero_grad()
     return (loss / count.clamp(min=1)).item()

@@ -42,7 +42,7 @@ CAT_SEG, MAFT, OURS = "CAT-Seg's", "MAFT+'s", "ours"
 RECIPE = {
     # flag: (default with a real CLIP, with --clip tiny, what it may be, whose default, help)
     "steps": (80_000, 320, positive_int, CAT_SEG, "optimiser steps of joint training"),
-    "batch-size": (4, 4, positive_int, CAT_SEG, "images per step of all GPUs, or one each"),
+    "batch-size": (4, 4, positive_int, CAT_SEG, "images per step, all GPUs; at least one per pass"),
     "lr": (2e-4, 2.5e-3, positive, CAT_SEG, "learning rate of the head"),
     "clip-lr-factor": (0.01, 0.3, non_negative, CAT_SEG, "CLIP's learning rate divided by --lr"),
     "weight-decay": (1e-4, 1e-4, non_negative, CAT_SEG, "of AdamW, 0 on norms"),
@@ -56,16 +56,17 @@ RECIPE = {
     "lambda-pooled": (0.1, 0.1, non_negative, MAFT, "weight of --distill pooled"),
     "tau": (0.1, 0.1, positive, OURS, "temperature of CPA, Eq. (5)"),
     "alpha": (0.999, 0.99, probability, OURS, "momentum of the momentum encoder"),
-    "tpa-steps": (200, 10, non_negative_int, OURS, "steps of TPA (RPMD alone has it), 0: none"),
+    "tpa-steps": (200, 10, non_negative_int, OURS, "steps of TPA, 0 with none and pooled"),
     "tpa-lr": (2e-6, 5e-4, positive, OURS, "learning rate of TPA"),
     "log-every": (50, 10, positive_int, OURS, "steps between lines in log.jsonl"),
     "eval-every": (10_000, 100, non_negative_int, OURS, "steps between evaluations, 0: at the end"),
-    "save-every": (1000, 100, non_negative_int, OURS, "steps between checkpoints, 0: at the end"),
+    "save-every": (1000, 100, non_negative_int, OURS, "steps between checkpoints, 0: as evaluated"),
     "snapshot-every": (0, 0, non_negative_int, OURS, "steps between files of weights, 0: none"),
 }
 
 
 def parse(argv=None):
+    """The flags: those of RECIPE, and others, which support/command_line.py lists."""
     return parse_training(__doc__, RECIPE, data.NAMES, argv)
 
 
@@ -74,10 +75,10 @@ def step_losses(model, momentum, images, pixel_labels, tokens, args):
 
     model: Segmenter, or DDP around one. momentum: a MomentumEncoder; with an alpha of 1 this is
     --distill frozen. tokens: of `Segmenter.tokenize`, with its usual prompt. Returns L_total, and
-    for `progress.log_step` its terms and numbers of patches, all of this process.
+    for `progress.log_step` its terms, weighed by process, and this process's numbers of patches.
     """
     with runs.autocast(images.device, args.precision):
-        # [B,K,4H,4W], V [B,L,D], T [K,D]
+        # [B,K,4H,4W], V [B,L,D], T [K,D]; PROMPT_START saves work and changes nothing
         logits, patches, text = model(images, tokens, PROMPT_START)
         momentum_patches, _ = momentum(images)  # V^M [B,L,D]
     logits, patches, text = logits.float(), patches.float(), text.float()
@@ -104,22 +105,23 @@ def step_losses(model, momentum, images, pixel_labels, tokens, args):
 
 
 def rival_losses(model, original, images, pixel_labels, tokens, args):
-    """The same of what RPMD is compared with: plain CAT-Seg (--distill none), and MAFT+'s pooled
-    distillation from the CLIP that training began with (pooled). They have no reference patches:
-    the patches logged as such are those that the trained encoder predicts correctly."""
+    """The same of what RPMD is compared with: plain CAT-Seg (--distill none, original None), and
+    MAFT+'s pooled distillation from the CLIP that training began with (pooled, original: a
+    MomentumEncoder whose alpha is 1). They have no reference patches: the patches logged as such
+    are those that the trained encoder predicts correctly."""
     with runs.autocast(images.device, args.precision):
         logits, patches, text = model(images, tokens, PROMPT_START)
-    patches, grid = patches.float(), unwrap(model).grid
+    patches = patches.float()
     seg = segmentation_loss(logits.float(), pixel_labels, args.ignored)
     [seg] = weigh_by_process([seg], [counted_pixels(pixel_labels, args)])
-    labels = patch_labels(pixel_labels, grid)
+    labels = patch_labels(pixel_labels, unwrap(model).grid)
     correct = reference_mask(patches, text.float(), labels)
     figures = dict(segmentation_loss=seg, total_loss=seg,
                    reference_patches=correct.sum(), labelled_patches=(labels != IGNORE).sum())
     if args.distill == "pooled":
         with runs.autocast(images.device, args.precision):
             original_patches, _ = original(images)
-        pooled = pooled_loss(patches, original_patches.float(), grid)
+        pooled = pooled_loss(patches, original_patches.float(), unwrap(model).grid)
         figures["pooled_loss"] = pooled
         figures["total_loss"] = seg + args.lambda_pooled * pooled
     return figures["total_loss"], figures
@@ -203,8 +205,8 @@ class Run:
         if self.rank == 0:
             tqdm.write(text)
 
-    def batches(self, crops, start, stop, size):
-        """Batches of steps start..stop-1, of which each process takes `size` images."""
+    def batches(self, crops, size, start, stop):
+        """Batches number start..stop-1; of each, this process takes its `size` images."""
         return data.batches(crops, size, start, stop, self.rank, self.world, self.args.workers)
 
 
@@ -248,18 +250,18 @@ def set_learning_rate(optimiser, step, steps):
 def start(run):
     """Score the untrained CLIP; then text-to-patch pre-alignment."""
     args = run.args
-    run.facts = facts = checkpoints.begin(run)
+    facts = run.facts = checkpoints.begin(run)
     if not facts:
         facts["zero_shot"], _ = progress.score(run, zero_shot=True)
-        facts["before_tpa"] = progress.measure(run, None)
+        facts["before_tpa"] = progress.measure(run)
         checkpoints.remember(run)
     run.log.begin([])
     if not args.tpa_steps:
         return
-    warm_up = run.batches(run.crops, 0, args.tpa_steps, args.batch_size // run.world)
+    warm_up = run.batches(run.crops, args.batch_size // run.world, 0, args.tpa_steps)
     bar = tqdm(warm_up, "TPA", disable=run.rank > 0, leave=False)
     facts["tpa_loss"] = pre_align(run.model, run.tokens, bar, args.tpa_lr, run.device)
-    facts["after_tpa"] = progress.measure(run, None)
+    facts["after_tpa"] = progress.measure(run)
     run.log.append(step=0, tpa_loss=facts["tpa_loss"], before=facts["before_tpa"],
                    after=facts["after_tpa"])
     run.say(f"TPA: share of reference patches {facts['before_tpa']['reference_share']:.3f} "
@@ -276,7 +278,7 @@ def joint_training(run):
     trained = [p for p in model.parameters() if p.requires_grad]
     parts = args.accumulate  # micro-batches of a step
     size = args.batch_size // run.world // parts  # images of a micro-batch
-    batches = iter(run.batches(run.crops, run.step * parts, args.steps * parts, size))
+    batches = iter(run.batches(run.crops, size, run.step * parts, args.steps * parts))
     bar = tqdm(range(run.step + 1, args.steps + 1), desc="training", total=args.steps,
                initial=run.step, disable=run.rank > 0)
     for step in bar:
@@ -289,7 +291,7 @@ def joint_training(run):
             images, pixel_labels, files = next(batches)
             images = images.to(run.device, non_blocking=True)
             pixel_labels = pixel_labels.to(run.device, non_blocking=True)
-            if run.world > 1:  # asked in forward too; until the last part, gradients stay local
+            if run.world > 1:  # DDP reads it in forward: sum gradients after the last part alone
                 model.require_backward_grad_sync = part == parts
             loss, found = losses_of(model, momentum, images, pixel_labels, run.tokens, args)
             scaler.scale(loss / parts).backward()
@@ -301,7 +303,7 @@ def joint_training(run):
         scaler.step(optimiser)  # under fp16 it skips the step if a gradient is not finite
         scaler.update()
         optimiser.zero_grad()
-        if momentum and math.isfinite(grad_norm):
+        if momentum and math.isfinite(grad_norm):  # else there was no step to follow
             momentum.update()  # E^M = alpha E^M + (1 - alpha) E
 
         if runs.due(args.log_every, step) or step == args.steps:
@@ -324,7 +326,7 @@ def train(args):
     else:
         start(run)
     checkpoints.check_space(run)
-    with run.interruption.immediate(False):
+    with run.interruption.immediate(False):  # from here on, Ctrl-C waits for the end of a step
         checkpoints.save(run)
         progress.evaluate_if_due(run)  # if the run was interrupted in the middle of one
         stopped = joint_training(run)

@@ -7,8 +7,8 @@
 shift compares checkpoints: a run's snapshots (train.py --snapshot-every), or runs with different
 --adapt and --distill. A table trains each of its rows with the same seeds, several runs side by
 side, and writes NAME.md, NAME.png and NAME.jsonl, a run a line (and NAME-steps.png, where rows say
---eval-every). The same command goes on where it
-stopped. Further flags are train.py's and hold for every run."""
+--eval-every). The same command goes on where it stopped. Further flags are train.py's and hold for
+every run."""
 import argparse
 from pathlib import Path
 

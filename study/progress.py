@@ -22,18 +22,18 @@ def score(run, zero_shot=False):
 
 
 @torch.no_grad()
-def measure(run, momentum):
+def measure(run):
     """On about 32 crops each: the share of reference patches, Eq. (1), among the labelled ones in
-    training, of the momentum encoder (for None, of the model); and 1 - cos of the model's features
-    to the original CLIP's on the latter's reference patches in validation."""
+    training, of the momentum encoder (without one, of the model); and 1 - cos of the model's
+    features to the original CLIP's on the latter's reference patches in validation."""
     args, model = run.args, run.model
     steps, size = max(1, 32 // args.batch_size), args.batch_size // run.world
     val_crops = TrainingCrops(run.val_set, args.image_size, args.seed, jitter=0.0)
-    teachers = ((momentum or model.encode_image, model.encode_text(run.tokens), run.crops),
+    teachers = ((run.momentum or model.encode_image, model.encode_text(run.tokens), run.crops),
                 (run.original, run.original_text, val_crops))
     sums = torch.zeros(2, 3, dtype=torch.float64, device=run.device)
     for i, (encode, text, crops) in enumerate(teachers):
-        for images, pixel_labels, _ in run.batches(crops, 0, steps, size):
+        for images, pixel_labels, _ in run.batches(crops, size, 0, steps):
             images, pixel_labels = images.to(run.device), pixel_labels.to(run.device)
             labels = patch_labels(pixel_labels, model.grid)
             patches, _ = model.encode_image(images)
@@ -84,7 +84,7 @@ def evaluate_if_due(run):
     if logged or run.step == run.args.steps or not runs.due(run.args.eval_every, run.step):
         return
     with run.interruption.immediate(True):
-        run.log.append(step=run.step, **score(run)[0], **measure(run, run.momentum))
+        run.log.append(step=run.step, **score(run)[0], **measure(run))
         if run.rank == 0:
             with writing(run.out / "curves.png") as path:
                 pictures.curves(run.log.lines, path)
@@ -93,7 +93,7 @@ def evaluate_if_due(run):
 def finish(run):
     """Evaluate, print the tables, write results.json, curves.png and examples.png."""
     scores, classes = score(run)
-    end = measure(run, run.momentum)
+    end = measure(run)
     run.log.append(step=run.step, **scores, **end)
     if run.rank > 0:
         return

@@ -35,9 +35,6 @@ class TrainingCrops(torch.utils.data.Dataset):
         self.jitter = jitter
         self.orders = {}  # of the running epoch alone
 
-    def __len__(self):
-        return len(self.dataset)
-
     def __getitem__(self, draw):
         epoch, place = divmod(draw, len(self.dataset))
         if epoch not in self.orders:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import data
 from losses import IGNORE
 from sources.readers import as_image, read_image
-from support import labelling, runs, weights
+from support import labelling, pictures, runs, weights
 from support.command_line import parse_evaluation
 from support.errors import UserError
 from support.tables import format_result
@@ -36,12 +36,6 @@ def resize(x, size):
 def is_sliding(views, dataset):
     """Whether to take CAT-Seg's five views: as --views says, by default not of a toy world."""
     return views == "sliding" if views else not dataset.startswith("toy")
-
-
-def corners(size, canvas):
-    """The upper left corners (top, left) of the four windows, one in each corner of the canvas."""
-    far = canvas - size
-    return (0, 0), (0, far), (far, 0), (far, far)
 
 
 def views(image, size, sliding):
@@ -59,8 +53,9 @@ def views(image, size, sliding):
     if not sliding:
         return whole, canvas
     x = resize(x, (canvas, canvas))
-    windows = [x[..., top:top + size, left:left + size] for top, left in corners(size, canvas)]
-    return torch.cat([*windows, whole]), canvas
+    step = canvas - size  # from a window to the next: one lies in each corner
+    windows = x[0].unfold(1, size, step).unfold(2, size, step).flatten(1, 2)  # [3,4,size,size]
+    return torch.cat([windows.transpose(0, 1), whole]), canvas
 
 
 def merge(scores, canvas):
@@ -70,11 +65,9 @@ def merge(scores, canvas):
     whole = resize(scores[-1:], (canvas, canvas))
     if len(scores) == 1:
         return whole
-    total = scores.new_zeros(1, scores.shape[1], canvas, canvas)
-    count = scores.new_zeros(canvas, canvas)
-    for window, (top, left) in zip(scores, corners(size, canvas)):
-        total[0, :, top:top + size, left:left + size] += window
-        count[top:top + size, left:left + size] += 1
+    windows = scores[:-1].flatten(1).T[None]  # [1,c*size*size,4], in the order of `views`
+    total = F.fold(windows, canvas, size, stride=canvas - size)  # [1,c,canvas,canvas]
+    count = F.fold(torch.ones_like(windows), canvas, size, stride=canvas - size)
     return (total / count + whole) / 2
 
 
@@ -249,7 +242,10 @@ def main():
         runs.Interruption(at_once=True)
         rank, world, device = runs.start_processes(args.timeout)
         checkpoint = weights.read_checkpoint(args.checkpoint)
+        if args.zero_shot:
+            checkpoint["model"] |= checkpoint.get("original", {})
         model = weights.from_checkpoint(checkpoint, args.checkpoint).to(device).eval()
+        del checkpoint["model"]  # one copy is enough
         if args.compile:
             compile_parts(model)
         if args.image:
@@ -283,7 +279,12 @@ def label_pictures(model, checkpoint, args):
             wrong.append(f"error: {e}")
             continue
         pixel_labels = label_map(model, image, text, sliding=sliding, zero_shot=args.zero_shot)
-        labelling.save_picture(image, pixel_labels.cpu().numpy(), stem, args, names)
+        pixel_labels = pixel_labels.cpu().numpy()
+        labelling.save(pictures.segmentation(image, pixel_labels, names), f"{stem}.seg.png")
+        if args.save_labels:
+            labelling.save(labelling.label_image(pixel_labels, names), f"{stem}.labels.png")
+        found = [entry for entry, _ in pictures.legend_entries(names, pixel_labels, shares=True)]
+        tqdm.write(f"{stem}.seg.png: {', '.join(found)}")
     return wrong
 
 

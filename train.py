@@ -249,14 +249,14 @@ def set_learning_rate(optimiser, step, steps):
 
 def start(run):
     """Score the untrained CLIP; then text-to-patch pre-alignment."""
-    args = run.args
-    facts = run.facts = checkpoints.begin(run)
+    args, facts = run.args, run.facts
     if not facts:
+        checkpoints.set_aside(run)
         facts["zero_shot"], _ = progress.score(run, zero_shot=True)
         facts["before_tpa"] = progress.measure(run)
-        checkpoints.remember(run)
-    run.log.begin([])
-    if not args.tpa_steps:
+        run.log.begin([])
+        checkpoints.save(run)  # lest an interrupted pre-alignment costs this too
+    if not args.tpa_steps or "after_tpa" in facts:
         return
     warm_up = run.batches(run.crops, args.batch_size // run.world, 0, args.tpa_steps)
     bar = tqdm(warm_up, "TPA", disable=run.rank > 0, leave=False)
@@ -295,7 +295,8 @@ def joint_training(run):
                 model.require_backward_grad_sync = part == parts
             loss, found = losses_of(model, momentum, images, pixel_labels, run.tokens, args)
             scaler.scale(loss / parts).backward()
-            progress.add_up(figures, found)
+            for name, value in found.items():
+                figures[name] = figures.get(name, 0) + value.detach().double()
             paths += files
         scaler.unscale_(optimiser)
         grad_norm = nn.utils.clip_grad_norm_(trained, args.clip_grad).item()
@@ -320,12 +321,10 @@ def joint_training(run):
 def train(args):
     """The whole job. Returns the exit status: 0, or 130 when it was asked to stop."""
     run = Run(args)
-    state = checkpoints.find(run)
-    if state:
-        checkpoints.resume(run, state)
-    else:
-        start(run)
+    checkpoints.resume(run)
     checkpoints.check_space(run)
+    if not run.step:
+        start(run)
     with run.interruption.immediate(False):  # from here on, Ctrl-C waits for the end of a step
         checkpoints.save(run)
         progress.evaluate_if_due(run)  # if the run was interrupted in the middle of one

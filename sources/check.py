@@ -34,8 +34,8 @@ def check(name, split, args):
     """Read a split, print and write what is in it and what is wrong. Returns if it can be used."""
     dataset = open_dataset(name, args.data_root, split, args.classes)
     print(f"{name}, {split}: {len(dataset)} images from {dataset.source}")
-    step = max(1, len(dataset) // args.sample) if args.sample else 1
-    indices = range(0, len(dataset), step)
+    count = min(args.sample or len(dataset), len(dataset))
+    indices = np.linspace(0, len(dataset) - 1, count).astype(int).tolist()
     loader = torch.utils.data.DataLoader(indices, None, num_workers=args.workers,
                                          collate_fn=functools.partial(inspect, dataset))
     counts, errors = zip(*tqdm(loader, "reading", leave=False))

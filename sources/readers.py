@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from support.errors import UserError, reading
+from support.errors import reading
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MASK_TYPES = (".png", ".tif", ".tiff", ".mat")
@@ -30,13 +30,10 @@ def as_image(image):
     """A path, a PIL image, or a uint8 array [H,W,3] or [H,W] -> what `upright_rgb` gives."""
     if isinstance(image, (str, Path)):
         return read_image(image)
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
-        with reading("the array", "an image"):
-            image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        raise UserError("an image should be a path, a PIL image or a uint8 array, and is "
-                        f"{type(image).__name__}")
-    return upright_rgb(image)
+    with reading(f"the {type(image).__name__}", "an image: a path, a PIL image or a uint8 array"):
+        if not isinstance(image, Image.Image):
+            image = Image.fromarray(image.astype(np.uint8, casting="no"))
+        return upright_rgb(image)
 
 
 def upright_rgb(image):

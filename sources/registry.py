@@ -32,8 +32,9 @@ def open_dataset(name, root=None, split="val", classes=None, unseen=None):
     kind, _, where = name.partition(":")
     if kind == "toy":
         seed = "0" if name == "toy" else where
-        if not seed.isdecimal():
-            raise UserError(f"--dataset {name}: a world is toy or toy:N with a whole number N")
+        if not seed.isdecimal() or len(seed) > 9:
+            raise UserError(f"--dataset {name}: a world is toy or toy:N, N being a whole number "
+                            "of at most nine digits")
         dataset = Scenes(int(seed), split)
     elif kind == "folder":
         if not where:

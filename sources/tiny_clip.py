@@ -20,7 +20,7 @@ from losses import IGNORE
 from model import TINY, tokenize
 from sources.registry import open_dataset
 from sources.toy import NAMES, SIZE, draw
-from support.errors import UserError
+from support.errors import UserError, replacing, writing
 
 
 # Views: functions of a random generator that draw a picture, uint8 [h,w,3], and labels in it.
@@ -125,15 +125,10 @@ def pretrain(seed, names=NAMES, views=(closeup, scene), steps=(220, 80), batches
     return clip.state_dict()
 
 
-def cache_folder():
-    """$RPMD_CACHE, or rpmd/ in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "rpmd")
-    return Path(os.environ.get("RPMD_CACHE", default))
-
-
 def clip_checkpoint(seed, dataset=None, progress=True):
     """Path of the tiny CLIP of world `seed`, or of crops of a dataset's pictures and the names of
-    what they hold; pre-trained first if need be, as it is when the recipe or pictures change."""
+    what they hold, in $RPMD_CACHE or rpmd/ in the user's cache folder; pre-trained first if need
+    be, as it is when the recipe or pictures change. Raises UserError."""
     kind, names, views, about = "toy", NAMES, (closeup, scene), ""
     if dataset is not None:
         kind, names, views = "crops", dataset.names, crop_views(dataset)
@@ -143,13 +138,15 @@ def clip_checkpoint(seed, dataset=None, progress=True):
         rng = np.random.default_rng(0)
         for _ in range(50):  # pictures, for all that can be in one
             recipe.update(b"".join(array.tobytes() for array in view(rng)))
-    path = cache_folder() / f"{kind}-clip-{seed}-{recipe.hexdigest()[:12]}.pt"
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "rpmd")
+    folder = Path(os.environ.get("RPMD_CACHE", default))
+    path = folder / f"{kind}-clip-{seed}-{recipe.hexdigest()[:12]}.pt"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         state = pretrain(seed, names, views, progress=progress)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        torch.save(state, temporary)
-        temporary.replace(path)
+        with replacing(path) as file:
+            torch.save(state, file)
     return path
 
 

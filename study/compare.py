@@ -131,12 +131,6 @@ def figures(results, untrained=False):
             **{key: shift[key] for key in SHIFTS}, **results["made_by"]}
 
 
-def evaluations(out):
-    """[step, unseen mIoU, share of reference patches] of each evaluation in a run's log."""
-    return [[line["step"], line["unseen"], line["reference_share"]]
-            for line in read_log(out / "log.jsonl") if "mIoU_union" in line]
-
-
 def interval(numbers):
     """Of two numbers or more: mean, its 95 % interval and p against 0 by Student's t, standard
     deviation, how many are above 0, and the numbers."""
@@ -223,7 +217,9 @@ def compare(args, rows, base):
     for row in rows:
         found[row] = {seed: figures(results[row, seed]) for seed in seeds}
         for seed, run in found[row].items():
-            run["evaluations"] = evaluations(jobs[row, seed][1])
+            log = read_log(jobs[row, seed][1] / "log.jsonl")
+            run["evaluations"] = [[line["step"], line["unseen"], line["reference_share"]]
+                                  for line in log if "mIoU_union" in line]
     return [summarise(row, runs, found.get(base.get(setting(row)))) for row, runs in found.items()]
 
 

@@ -1,4 +1,6 @@
 """What is measured of a training as it goes, and what it shows at its end."""
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -51,16 +53,9 @@ def measure(run):
             "reference_drift": max(0.0, drift / max(1, of_original))}
 
 
-def add_up(figures, found):
-    """Add what a micro-batch gave, {name: scalar}, to the figures of its step."""
-    for name, value in found.items():
-        figures[name] = figures.get(name, 0) + value.detach().double()
-
-
 def log_step(run, figures, grad_norm, seconds):
     """A line of log.jsonl, over all processes: of figures called ..._loss the mean over processes
-    and micro-batches, of others (..._patches) the sum. Returns what the progress bar shows of it.
-    """
+    and micro-batches, of others (..._patches) the sum. Returns what the progress bar shows."""
     sums = torch.stack(list(figures.values()))
     if run.world > 1:
         dist.all_reduce(sums)
@@ -71,8 +66,8 @@ def log_step(run, figures, grad_norm, seconds):
     line["reference_share"] = line.pop("reference_patches") / max(1, line.pop("labelled_patches"))
     rates = {group["name"]: group["lr"] for group in run.optimiser.param_groups}
     run.log.append(step=run.step, **line, lr=rates["head"], lr_clip=rates.get("clip", 0.0),
-                   grad_norm=grad_norm, seconds=round(seconds, 3),
-                   memory_gb=runs.peak_memory(run.device))
+                   grad_norm=grad_norm if math.isfinite(grad_norm) else None,
+                   seconds=round(seconds, 3), memory_gb=runs.peak_memory(run.device))
     shown = dict(seg="segmentation_loss", spd="spd_loss", cpa="cpa_loss", pooled="pooled_loss",
                  ref="reference_share")
     return {short: line[name] for short, name in shown.items() if name in line}

@@ -1,6 +1,4 @@
 """Checkpoints of a training: written whole or not at all, and taken back bit for bit."""
-import contextlib
-import json
 import shutil
 
 import torch
@@ -26,58 +24,34 @@ def save(run):
     state = dict(config=run.model.config, model=run.model.state_dict(),
                  original=run.original_weights, step=run.step, args=vars(run.args),
                  momentum=run.momentum.state_dict() if run.momentum else None,
-                 names=run.train_set.names)
+                 names=run.train_set.names, images=len(run.train_set))
     if runs.due(run.args.snapshot_every, run.step):
         write_checkpoint(state, run.out / f"step-{run.step:06d}.pt")
     write_checkpoint(dict(state, optimiser=run.optimiser.state_dict(), facts=run.facts,
                           scaler=run.scaler.state_dict()), run.last)
-    (run.out / "start.json").unlink(missing_ok=True)
 
 
-def begin(run):
-    """What an interrupted beginning of the same run has found (see `remember`), or {}. Then what an
-    older run has left is moved into a folder of its own, previous-N."""
-    path, facts = run.out / "start.json", {}
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        found = json.loads(path.read_text())
-        if not run.args.restart and found["flags"] == fixed_flags(run):
-            facts = found["facts"]
-    runs.agree_on(bool(facts), f"--out {run.out} should be one folder for all nodes: {path}")
-    if run.rank == 0 and not facts:
-        left = [p for pattern in OURS for p in run.out.glob(pattern)]
-        if any(p.suffix == ".pt" for p in left):  # else it has not come far
-            previous = run.out / f"previous-{len(list(run.out.glob('previous-*'))) + 1}"
-            previous.mkdir()
-            for old in left:
-                old.replace(previous / old.name)
-    return facts
+def set_aside(run):
+    """Move what an older run has left into a folder of its own, previous-N."""
+    left = [p for pattern in OURS for p in run.out.glob(pattern)]
+    if run.rank == 0 and any(p.suffix == ".pt" for p in left):  # else it has not come far
+        numbers = (int(p.name[9:]) for p in run.out.glob("previous-*") if p.name[9:].isdecimal())
+        previous = run.out / f"previous-{max(numbers, default=0) + 1}"
+        previous.mkdir()
+        for old in left:
+            old.replace(previous / old.name)
 
 
-def remember(run):
-    """Keep the facts until there is a checkpoint."""
-    if run.rank == 0:
-        contents = {"flags": fixed_flags(run), "facts": run.facts}
-        runs.write_json(contents, run.out / "start.json")
-
-
-def fixed_flags(run):
-    return {name: getattr(run.args, name) for name in (*FIXED, "jitter")}
-
-
-def find(run):
-    """What is in the run's last.pt, None where it begins anew. All processes find the same."""
-    state = None
-    if run.last.exists() and not run.args.restart:
+def resume(run):
+    """Take back what last.pt holds, and the log up to it; flags that may change hold from here on.
+    Nothing where there is none, which all processes agree on. Raises UserError."""
+    args, state = run.args, {}
+    if run.last.exists() and not args.restart:
         state = weights.read_checkpoint(run.last)
-    runs.agree_on(state.get("step") if state else None,
+    runs.agree_on(state.get("step"),
                   f"--out {run.out} should be one folder for all nodes: the step of {run.last}")
-    return state
-
-
-def resume(run, state):
-    """Take back what a checkpoint holds, and the log up to it. Flags that may change hold from here
-    on. Raises UserError."""
-    args = run.args
+    if not state:
+        return
     with reading(run.last, "a checkpoint to go on from"):
         compare_flags(run, state)
         if state["step"] > args.steps:
@@ -113,7 +87,7 @@ def check_space(run):
     trained = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
     needed = 2 * (sum(t.nbytes for t in run.model.state_dict().values()) + 4 * trained)
     free = shutil.disk_usage(run.out).free
-    if run.last.exists():
+    if run.facts:  # it goes on from last.pt
         free += run.last.stat().st_size  # one of the two is there
     if run.rank == 0 and free < needed:
         raise UserError(f"--out {run.out} has {free / 1e6:,.0f} MB left, and needs "
@@ -136,6 +110,10 @@ def compare_flags(run, state):
         raise UserError(f"{path} was trained with other classes ({len(state['names'])}, such as "
                         f"{state['names'][0]!r}) than --dataset {args.dataset} has now "
                         f"({len(names)}): use another --out, or --restart")
+    images = state.get("images", len(run.train_set))
+    if images != len(run.train_set):
+        raise UserError(f"{path} was trained on {images} images, and --dataset {args.dataset} has "
+                        f"{len(run.train_set)} now: use another --out, or --restart")
     before, now = state["args"], vars(args)
     changed = [name for name in now if before.get(name) != now[name]]
     for name in sorted(changed, key=lambda name: name not in FIXED):
@@ -143,7 +121,7 @@ def compare_flags(run, state):
         if name in FIXED:
             raise UserError(f"{flag} {now[name]} does not go with {path}, which was trained with "
                             f"{flag} {before.get(name)}: use another --out, or --restart")
-        if name in ("tpa_steps", "tpa_lr"):
+        if name in ("tpa_steps", "tpa_lr") and (state["step"] or "after_tpa" in state["facts"]):
             setattr(args, name, before.get(name))  # that is over
         elif name not in ("out", "restart", "timeout", "compile"):
             run.say(f"{flag} is now {now[name]}, was {before.get(name)}")

@@ -70,7 +70,7 @@ def fill_in(args, recipe):
     toy = args.dataset.startswith("toy")
     args.clip = args.clip or ("tiny" if toy else "ViT-B-16-quickgelu")
     name = args.dataset.removeprefix("folder:").replace("toy:", "toy-")
-    args.out = args.out or str(Path("out", Path(name).name))
+    args.out = args.out or str(Path("out", Path(name).expanduser().resolve().name))
     processes = int(os.environ.get("WORLD_SIZE", 1))
     passes = processes * args.accumulate
     tiny = args.clip == "tiny"
@@ -102,7 +102,7 @@ def parse_evaluation(description, datasets, reported, argv=None):
     add("--image", nargs="+", help="pictures, folders or patterns of them, to label with --classes")
     add("--views", choices=("sliding", "whole"),
         help="CAT-Seg's five views, or one (default: one for toy)")
-    add("--zero-shot", action="store_true", help="CLIP itself, without the head")
+    add("--zero-shot", action="store_true", help="CLIP as training began with it, without the head")
     add("--save-labels", action="store_true", help="write labels as png, 16-bit from 257 classes")
     add("--save-pictures", type=non_negative_int, default=0, metavar="N",
         help="draw N images: ground truth, prediction")

@@ -1,4 +1,5 @@
 """Predicted labels as files: of a dataset's images, and of pictures of one's own."""
+import collections
 import glob
 import os
 import re
@@ -6,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from support import pictures
 from support.errors import UserError, writing
@@ -27,23 +27,14 @@ def find_images(patterns, out):
             raise UserError(f"--image {pattern}: there is no such picture")
         paths += map(Path, found)
     stems = {}
+    alike = collections.Counter(Path(name).stem for name in {path.name for path in paths})
     for path in dict.fromkeys(paths):
-        twins = any(p.stem == path.stem and p.suffix != path.suffix for p in paths)
-        stem = Path(out or path.parent, path.name if twins else path.stem)
+        stem = Path(out or path.parent, path.name if alike[path.stem] > 1 else path.stem)
         if stem in stems:
             raise UserError(f"--image: {path} and {stems[stem]} would both be written to "
                             f"{stem}.seg.png")
         stems[stem] = path
     return stems
-
-
-def save_picture(image, pixel_labels, stem, args, names):
-    """A picture of one's own and its labels [H,W]: drawn, said, with --save-labels also written."""
-    save(pictures.segmentation(image, pixel_labels, names), f"{stem}.seg.png")
-    if args.save_labels:
-        save(label_image(pixel_labels, names), f"{stem}.labels.png")
-    found = [text for text, _ in pictures.legend_entries(names, pixel_labels, shares=True)]
-    tqdm.write(f"{stem}.seg.png: {', '.join(found)}")
 
 
 def keep(folder, dataset, args, i, image, pixel_labels, prediction, path):

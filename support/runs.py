@@ -124,6 +124,7 @@ def one_sentence_for_errors():
     """A UserError ends this process with its sentence instead of a traceback (RPMD_TRACEBACK=1 in
     the environment brings it back), and so does losing contact with another process. Any other
     exception keeps its traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any byte
     try:
         yield
         signals.ignore()
@@ -190,7 +191,7 @@ def only_run_in(out):
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "a+")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loaders inherit
     except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "another process"

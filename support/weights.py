@@ -54,11 +54,14 @@ def build(clip, pretrained, image_size=384, channels=128):
     for flag, value in (("image-size", image_size), ("channels", channels)):
         if not 16 <= value <= 2048:
             raise UserError(f"--{flag} {value} should lie within 16..2048")
+    if channels % 4 or any(n % max(1, n // 16) for n in (channels // 2, channels // 4)):
+        raise UserError(f"--channels {channels} can't be divided among the head's groups: use a "
+                        "multiple of 4 below 100, or of 64")
     side = visual["image_size"] if image_size % visual["patch_size"] else image_size
     grid = side // visual["patch_size"]
-    if grid % 2:
+    if grid % 2 or image_size % grid:
         raise UserError(f"--image-size {image_size} with --clip {clip} gives {grid} x {grid} "
-                        "patches; the head needs an even number")
+                        "patches; the head needs an even number that divides it")
     load_weights = None
     if pretrained is not None:
         load_weights = functools.partial(load_clip, find_clip(clip, pretrained), clip)

@@ -73,6 +73,14 @@ def test_every_number_has_a_range(name, monkeypatch, capsys):
             assert e.value.code == 2 and f"argument {flag}: {text} should be" in said, said
 
 
+def test_a_folder_is_called_by_its_own_name(monkeypatch, tmp_path):
+    (tmp_path / "cars/train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cars/train")
+    for path, name in ((".", "train"), ("..", "cars"), (tmp_path / "cars/", "cars")):
+        assert train.parse(["--dataset", f"folder:{path}"]).out == f"out/{name}"
+    assert train.parse(["--dataset", "toy:3"]).out == "out/toy-3"
+
+
 @pytest.mark.parametrize(
     "words",
     ["--tau -1", "--tau inf", "--tau 0", "--lambda-spd -1", "--clip-grad 0", "--save-every -1"]

@@ -328,7 +328,7 @@ def test_every_draw_of_an_image_looks_different(folder):
     for path in [*folder.glob("*/train/[1-9].*")]:
         path.unlink()
     crops = data.TrainingCrops(data.open_dataset(f"folder:{folder}", None, "train"), 32, 0)
-    assert len(crops) == 1
+    assert len(crops.dataset) == 1
     looks = [crops[draw][0] for draw in range(4)]
     assert not any(torch.equal(a, b) for i, a in enumerate(looks) for b in looks[:i])
 
@@ -436,6 +436,8 @@ def test_check_reads_a_whole_dataset(folder, tmp_path, monkeypatch, capsys):
     assert f"{shares['green thing']:7.2f} % of the pixels  green thing" in said
     assert "0 of 4 occur in none of 6 masks" in said and "warning" not in said
     assert Image.open(report.parent / "samples.png").width > 800
+    check_folder("--split", "train", "--sample", "4")
+    assert json.loads(report.read_text())["read"] == 4
     break_range(folder), break_image(folder)
     Image.new("L", (8, 8)).save(folder / "masks/train/4.png")
     status, said = check_folder("--split", "train")

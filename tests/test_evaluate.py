@@ -1,8 +1,10 @@
 """Evaluation: sliding windows, chunks of classes, confusion matrices, both mIoU, and shards over
 processes."""
 
+import copy
 import json
 import math
+import os
 import re
 import sys
 
@@ -237,6 +239,34 @@ def command(monkeypatch, *arguments):
         return e.code
 
 
+def test_zero_shot_is_the_clip_that_training_began_with(tiny, folder, tmp_path, monkeypatch):
+    """Not what became of it."""
+    dataset = data.open_dataset(f"folder:{folder}")
+    expected = evaluate.evaluate(tiny, dataset, "cpu", sliding=False, zero_shot=True)
+    original = {n: p.clone() for n, p in tiny.state_dict().items() if "text_encoder" in n}
+    trained = copy.deepcopy(tiny)
+    torch.manual_seed(0)
+    for parameter in trained.text_encoder.parameters():
+        parameter.data += torch.randn_like(parameter)
+    drifted = evaluate.evaluate(trained, dataset, "cpu", sliding=False, zero_shot=True)
+    assert not torch.equal(drifted, expected)
+    command(
+        monkeypatch,
+        "--checkpoint",
+        save(trained, tmp_path / "c.pt", original=original),
+        "--datasets",
+        f"folder:{folder}",
+        "--views",
+        "whole",
+        "--zero-shot",
+        "--out",
+        tmp_path / "o",
+    )
+    (file,) = (tmp_path / "o").iterdir()
+    scores = evaluate.summary(expected, dataset.names)
+    assert json.loads(file.read_text())["classes"] == scores["classes"]
+
+
 def test_labels_and_pictures_of_a_dataset(tiny, folder, tmp_path, monkeypatch, capsys):
     path = save(tiny, tmp_path / "c.pt")
     assert not command(
@@ -337,6 +367,7 @@ def test_pictures_of_ones_own(tiny, tmp_path, monkeypatch, capsys):
     pictures.mkdir()
     exif[0x0112] = 6
     photo(100, 80).save(pictures / "small.jpg")
+    photo(100, 80).save(os.fsencode(pictures) + b"/odd\xff.bmp")
     photo(100, 80).save(pictures / "small.png")
     photo(130, 90).save(pictures / "turned.jpg", exif=exif)
     photo(100, 80).convert("RGBA").save(pictures / "see-through.png")
@@ -355,7 +386,7 @@ def test_pictures_of_ones_own(tiny, tmp_path, monkeypatch, capsys):
         and "broken.jpg can't be read as an image" in wrong
         and "\n" not in wrong
     )
-    names = {"small.jpg", "small.png", "turned", "see-through", "gray", "sixteen"}
+    names = {"small.jpg", "small.png", "turned", "see-through", "gray", "sixteen", "odd\udcff"}
     assert {p.name for p in pictures.glob("*.seg.png")} == {f"{n}.seg.png" for n in names}
     assert (
         Image.open(pictures / "turned.seg.png").height > 130 * 5

@@ -184,13 +184,14 @@ def test_a_disk_full_at_the_end_names_the_file(go, tmp_path, monkeypatch, name):
 
 
 def test_two_runs_in_one_folder(go, folder, tmp_path):
-    """The second is told who is there; the lock dies with its holder."""
+    """The second is told who is there; the lock dies with its holder, not with its loaders."""
     out = tmp_path / "o"
-    flags = [*FAST, "--steps", "100000", "--eval-every", "0"]
+    log = out / "log.jsonl"
+    flags = [*FAST, "--steps", "100000", "--eval-every", "0", "--workers", "1"]
     words = tmp_path / "words"
     first = survive.start([*survive.command(folder, out), *flags], words)
     try:
-        while not (out / ".lock").exists() or "process" not in (out / ".lock").read_text():
+        while not log.exists() or "segmentation_loss" not in log.read_text():
             assert first.poll() is None, words.read_text()
             time.sleep(0.05)
         one_sentence(go(), f"--out {out} is in use by process {first.pid} on ")
@@ -214,10 +215,9 @@ def test_what_the_beginning_found_is_not_looked_for_again(go, tmp_path, monkeypa
     monkeypatch.setattr(train.progress, "score", count)
     monkeypatch.setattr(train, "pre_align", cut)
     assert go()[0] == 130 and scored == [True]
-    assert go("--seed", "1")[0] == 130 and scored == [True, True]
+    assert go("--seed", "1", "--restart")[0] == 130 and scored == [True, True]
     monkeypatch.setattr(train, "pre_align", align)
     assert go("--seed", "1", "--eval-every", "0")[0] == 0 and scored == [True, True, False]
-    assert not (tmp_path / "o/start.json").exists()
     assert go("--eval-every", "0", "--seed", "1", out="whole")[0] == 0
     assert survive.differences(tmp_path / "whole", tmp_path / "o") == []
 
@@ -269,6 +269,9 @@ def test_restart_moves_the_old_run_aside(go, tmp_path, monkeypatch):
     assert {p.name for p in (tmp_path / "o").glob("*.*")} == {".lock"}
     kept = {name: (tmp_path / "o/previous-1" / name).read_bytes() for name in before}
     assert kept == before and not (tmp_path / "o/previous-2").exists()
+    (tmp_path / "o/previous-1").rename(tmp_path / "o/previous-7")
+    assert go("--steps", "1")[0] == 0 and go("--steps", "1", "--restart")[0] == 0
+    assert (tmp_path / "o/previous-8/last.pt").exists()
 
 
 def test_errors_are_repeated_by_torchrun(tmp_path):
@@ -479,6 +482,32 @@ def test_another_vocabulary_does_not_go_on(go, folder, tmp_path):
         (folder / "classes.txt").write_text(names)
         one_sentence(go("--steps", "2"), last, "--dataset")
         assert last.read_bytes() == before
+
+
+def test_another_number_of_images_does_not_go_on(go, folder):
+    """It would be another order."""
+    assert go("--steps", "1")[0] == 0
+    for kind in ("images", "masks"):
+        next((folder / kind / "train").glob("4.*")).unlink()
+    one_sentence(go("--steps", "2"), "was trained on 6 images", "has 5 now")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--image-size", "100"), "--image-size 100 with --clip tiny gives 8 x 8 patches"),
+        (("--channels", "100"), "--channels 100 can't be divided"),
+        (("--channels", "30"), "--channels 30 can't be divided"),
+        (("--dataset", "toy:99999999999999999999"), "at most nine digits"),
+    ],
+)
+def test_sizes_that_cannot_be(go, flags, words):
+    one_sentence(go(*flags), words)
+
+
+def test_a_cache_that_cannot_be_written(go, monkeypatch):
+    monkeypatch.setenv("RPMD_CACHE", "/proc/nowhere")
+    one_sentence(go("--dataset", "toy", "--pretrained", "toy"), "/proc/nowhere can't be written")
 
 
 class Code:

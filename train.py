@@ -255,12 +255,14 @@ def start(run):
         facts["zero_shot"], _ = progress.score(run, zero_shot=True)
         facts["before_tpa"] = progress.measure(run)
         run.log.begin([])
-        checkpoints.save(run)  # lest an interrupted pre-alignment costs this too
+        with run.interruption.immediate(False):  # which would tear the file
+            checkpoints.save(run)  # lest an interrupted pre-alignment costs this too
     if not args.tpa_steps or "after_tpa" in facts:
         return
     warm_up = run.batches(run.crops, args.batch_size // run.world, 0, args.tpa_steps)
     bar = tqdm(warm_up, "TPA", disable=run.rank > 0, leave=False)
-    facts["tpa_loss"] = pre_align(run.model, run.tokens, bar, args.tpa_lr, run.device)
+    with run.interruption.immediate(True):
+        facts["tpa_loss"] = pre_align(run.model, run.tokens, bar, args.tpa_lr, run.device)
     facts["after_tpa"] = progress.measure(run)
     run.log.append(step=0, tpa_loss=facts["tpa_loss"], before=facts["before_tpa"],
                    after=facts["after_tpa"])

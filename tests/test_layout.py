@@ -76,7 +76,7 @@ def test_every_line_fits():
 def test_the_method_reads_at_one_sitting():
     count = {path: len(path.read_text().splitlines()) for path in CODE}
     assert sum(count[ROOT / f"{name}.py"] for name in SEVEN) <= 1515
-    assert sum(count.values()) <= 4215
+    assert sum(count.values()) <= 4220
     for name in SEVEN:
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             if isinstance(node, ast.FunctionDef):

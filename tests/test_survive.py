@@ -240,6 +240,20 @@ def test_a_signal_while_a_checkpoint_is_written_stops_before_the_evaluation(go, 
     assert go()[0] == 130 and scored == [0]
 
 
+def test_a_signal_while_the_first_checkpoint_is_written(go, tmp_path, monkeypatch):
+    """It waits until the file is whole, and no longer."""
+    write, aligned = torch.save, []
+
+    def asked(contents, file):
+        signal.raise_signal(signal.SIGTERM)
+        write(contents, file)
+
+    monkeypatch.setattr(torch, "save", asked)
+    monkeypatch.setattr(train, "pre_align", lambda *a: aligned.append(1))
+    assert go()[0] == 130 and not aligned
+    assert torch.load(tmp_path / "o/last.pt", weights_only=True)["facts"]["zero_shot"]
+
+
 def test_ignored_signals_stay_ignored(monkeypatch):
     """nohup ignores SIGHUP, and so does a run below it."""
     before = [signal.getsignal(number) for number in signals.SIGNALS]

@@ -266,7 +266,7 @@ def tabulate(args):
         wanted = matching(args.rows, rows, "--rows")
         wanted += [base.get(setting(row)) for row in wanted]
         rows = {row: flags for row, flags in rows.items() if row in wanted}
-    shown = ", ".join(row for row in base.values() if row in rows) or "nothing"
+    shown = {row.partition(", ")[0] for row in base.values() if row in rows} or {"nothing"}
     summaries = compare(args, rows, base)
     trained = [s for s in summaries[1:] if "--adapt none" not in rows[s["row"]]]
     text = [markdown(summaries), "", describe_correlations(trained)]
@@ -276,7 +276,7 @@ def tabulate(args):
             text.append(describe_correlations(some, f" at {one}"))
     text += [
         "", "mIoU in per cent, mean ± standard deviation over seeds; mean paired difference to "
-        f"{shown} (of the same setting), with its 95 % interval, not corrected; "
+        f"{', '.join(sorted(shown))} (of the same setting), with its 95 % interval, not corrected; "
         "p of the paired t test, by Holm for the trained rows of this table; share of reference "
         "patches in training images before and after, of the teacher where there is one; drift of "
         "reference patches in validation images, 1 − cos.", ""]

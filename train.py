@@ -55,7 +55,7 @@ RECIPE = {
     "lambda-cpa": (1.0, 0.1, non_negative, OURS, "weight of CPA, Eq. (6)"),
     "lambda-pooled": (0.1, 0.1, non_negative, MAFT, "weight of --distill pooled"),
     "tau": (0.1, 0.1, positive, OURS, "temperature of CPA, Eq. (5)"),
-    "alpha": (0.999, 0.99, probability, OURS, "momentum of the momentum encoder"),
+    "alpha": (0.99996, 0.99, probability, OURS, "of E^M: it forgets in 1 / (1 - alpha) steps"),
     "tpa-steps": (200, 10, non_negative_int, OURS, "steps of TPA, 0 with none and pooled"),
     "tpa-lr": (2e-6, 5e-4, positive, OURS, "learning rate of TPA"),
     "log-every": (50, 10, positive_int, OURS, "steps between lines in log.jsonl"),

@@ -237,16 +237,21 @@ def test_tables_of_results_are_those_of_the_raw_runs():
     parts = {"first-ablate": worlds, "first-sweep": recipe, "tune": tuned, "ablate": fresh}
     parts["parts"] = sections["Each part left out"]
     parts["momentum"] = sections["What momentum does over time"]
+    rates_now = sections["Each method over learning rates"]
     for name, part in parts.items():
         for row, scores in mean_scores(name).items():
             means = [cell.partition(" ± ")[0] for cell in table_row(part, row)[:3]]
             assert " / ".join(means) == scores, row
-    curve = mean_scores("first-curve")
-    for method in ("plain fine-tuning", "RPMD, frozen teacher", "RPMD: + SPD + CPA + TPA"):
-        rates = ("0.03", "0.1", "0.2", "0.5", "1")
-        assert table_row(rates_of_clip, method) == [curve[f"{method}, {rate}"] for rate in rates], (
-            method
-        )
+    old = ("plain fine-tuning", "RPMD, frozen teacher", "RPMD: + SPD + CPA + TPA")
+    new = ("plain fine-tuning", "pooled distillation", "RPMD with a frozen teacher", "RPMD")
+    for name, table, methods, rates in (
+        ("first-curve", rates_of_clip, old, ("0.03", "0.1", "0.2", "0.5", "1")),
+        ("curve", rates_now, new, ("0.03", "0.1", "0.3", "0.6", "1")),
+    ):
+        curve = mean_scores(name)
+        for method in methods:
+            expected = [curve[f"{method}, {rate}"] for rate in rates]
+            assert table_row(table, method) == expected, method
 
 
 def test_the_table_in_the_readme_is_that_of_the_raw_runs():

@@ -280,12 +280,14 @@ def test_restart_moves_the_old_run_aside(go, tmp_path, monkeypatch):
             go("--restart")
         with pytest.raises(ZeroDivisionError):
             go("--restart")  # which has nothing to move
+        (tmp_path / "o/previous-1").rename(tmp_path / "o/previous-7")
+        (tmp_path / "o/last.pt").write_bytes(before["last.pt"])
+        with pytest.raises(ZeroDivisionError):
+            go("--restart")
     assert {p.name for p in (tmp_path / "o").glob("*.*")} == {".lock"}
-    kept = {name: (tmp_path / "o/previous-1" / name).read_bytes() for name in before}
-    assert kept == before and not (tmp_path / "o/previous-2").exists()
-    (tmp_path / "o/previous-1").rename(tmp_path / "o/previous-7")
-    assert go("--steps", "1")[0] == 0 and go("--steps", "1", "--restart")[0] == 0
-    assert (tmp_path / "o/previous-8/last.pt").exists()
+    kept = {name: (tmp_path / "o/previous-7" / name).read_bytes() for name in before}
+    assert kept == before and {p.name for p in (tmp_path / "o/previous-8").iterdir()} == {"last.pt"}
+    assert not (tmp_path / "o/previous-2").exists()
 
 
 def test_errors_are_repeated_by_torchrun(tmp_path):

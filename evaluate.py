@@ -24,7 +24,7 @@ from losses import IGNORE
 from sources.readers import as_image, read_image
 from support import labelling, pictures, runs, weights
 from support.command_line import parse_evaluation
-from support.errors import UserError
+from support.errors import UserError, reading
 from support.tables import format_result
 
 
@@ -67,7 +67,7 @@ def merge(scores, canvas):
         return whole
     windows = scores[:-1].flatten(1).T[None]  # [1,c*size*size,4], in the order of `views`
     total = F.fold(windows, canvas, size, stride=canvas - size)  # [1,c,canvas,canvas]
-    count = F.fold(torch.ones_like(windows), canvas, size, stride=canvas - size)
+    count = F.fold(torch.ones_like(windows[:, :size * size]), canvas, size, stride=canvas - size)
     return (total / count + whole) / 2
 
 
@@ -243,7 +243,8 @@ def main():
         rank, world, device = runs.start_processes(args.timeout)
         checkpoint = weights.read_checkpoint(args.checkpoint)
         if args.zero_shot:
-            checkpoint["model"] |= checkpoint.get("original", {})
+            with reading(args.checkpoint, "a checkpoint"):
+                checkpoint["model"] |= checkpoint.get("original", {})
         model = weights.from_checkpoint(checkpoint, args.checkpoint).to(device).eval()
         del checkpoint["model"]  # one copy is enough
         if args.compile:

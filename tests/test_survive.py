@@ -217,6 +217,7 @@ def test_what_the_beginning_found_is_not_looked_for_again(go, tmp_path, monkeypa
     assert go()[0] == 130 and scored == [True]
     assert go("--seed", "1", "--restart")[0] == 130 and scored == [True, True]
     monkeypatch.setattr(train, "pre_align", align)
+    (tmp_path / "o/log.jsonl").write_text('{"step": 0, "tpa_loss": 1.0}\n')  # cut after this line
     assert go("--seed", "1", "--eval-every", "0")[0] == 0 and scored == [True, True, False]
     assert go("--eval-every", "0", "--seed", "1", out="whole")[0] == 0
     assert survive.differences(tmp_path / "whole", tmp_path / "o") == []

@@ -1,23 +1,134 @@
-"""Training samples that depend on nothing but a seed and a draw number.
+"""Datasets by name, and training crops that depend on nothing but a seed and a draw number."""
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
 
-`open_dataset` opens a dataset by name (sources/benchmarks.py says how each lies on disk). It has
-`len()`, `names` and `load(i) -> (PIL RGB image, int64 pixel labels [H,W] with IGNORE, path)`. Here
-its images become augmented crops, and crops become batches.
-"""
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
-from sources.augment import augment
-from sources.registry import NAMES, REPORTED, open_dataset, read_names  # noqa: F401, offered here
-from support import runs
+from losses import IGNORE
+from sources.benchmarks import BENCHMARKS, CLASSES, STRANGE, Files, Layout, open_benchmark
+from support import accidents
+from support.files import UserError, reading
 
+NAMES = (*BENCHMARKS, "folder:PATH", "toy", "toy:N")
+REPORTED = ("ade20k-847", "pc-459", "ade20k-150", "pc-59", "voc-20", "voc-20b")  # by the field
+NO_NAME = re.compile(r"$|#|-\s|\d+\s*([:;,=)]|$)|.*:\s*\d|.*[\0-\x1f\x7f-\x9f]|.{301}")
+LOADER_TIMEOUT = 300  # seconds that a loader process may take for a batch
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)  # CLIP's
 STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
 
 
-def normalise(image):
-    """PIL RGB image -> float [3,H,W] with CLIP's mean and standard deviation."""
-    return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255).sub_(MEAN).div_(STD)
+def open_dataset(name, root=None, split="val", classes=None, unseen=None):
+    """A dataset by name. root: the folder that holds the benchmarks (default: $RPMD_DATA, else
+    $DETECTRON2_DATASETS, else ./datasets); split: train or val. Raises UserError.
+
+    It has `len()`, `load(i) -> (PIL RGB image, int64 labels [H,W] with IGNORE, path)`, `names` (its
+    vocabulary), `evaluated` (the classes that are scored: the names, except in voc-20b), `source`
+    (what is read), `warning` (of missing images, or ""), `own_words` (whether the user chose the
+    names) and `fingerprint` (a digest of the names and of the images' file names).
+    classes: other names, as many as the dataset has: a list, a file, or text (see `read_names`).
+    unseen: names to hold out, likewise: the vocabulary lacks them, their pixels carry no label."""
+    kind, _, where = name.partition(":")
+    if re.fullmatch(r"toy(:\d{1,9})?", name):
+        from sources.toy import Scenes
+        dataset = Scenes(int(where or 0), split)
+    elif kind == "folder" and where:
+        folder = Path(where).expanduser()
+        names = read_names(folder / "classes.txt")
+        ignored = [value for value in (255, 65535) if value >= len(names)]
+        layout = Layout("images/{split}/*", "masks/{split}/*", range(len(names)), ignored)
+        dataset = Files(folder, split, names, layout)
+    elif name in BENCHMARKS:
+        variables = os.environ.get("RPMD_DATA") or os.environ.get("DETECTRON2_DATASETS")
+        root = Path(root or variables or "datasets")
+        dataset = open_benchmark(name, root, split, read_names(CLASSES / f"{name}.txt"))
+    else:
+        raise UserError(f"--dataset {name}: known are {', '.join(NAMES)}")
+    if classes is not None:
+        names, needed = read_names(classes), len(dataset.names)
+        if len(names) != needed and not (name == "voc-20b" and len(names) > 20):
+            raise UserError(f"--classes has {len(names)} names, and {name} needs {needed}")
+        dataset.names = names
+    if unseen:
+        hold_out(dataset, read_names(unseen, "--unseen"))
+    dataset.evaluated = dataset.names
+    if name == "voc-20b":  # its last label stands for all names from the 21st on
+        dataset.evaluated = [*dataset.names[:20], "background"]
+    dataset.own_words = kind == "folder" or classes is not None
+    identity = json.dumps([dataset.names, dataset.files])
+    dataset.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    return dataset
+
+
+def hold_out(dataset, unseen):
+    """Take names out of a dataset's vocabulary, and their labels out of its masks."""
+    strange = [name for name in unseen if name not in dataset.names]
+    seen = [i for i, name in enumerate(dataset.names) if name not in unseen]
+    if strange or not seen:
+        raise UserError(f"--unseen {', '.join(strange or unseen)[:100]}: expected are some of the "
+                        f"dataset's names, not all of them: {', '.join(dataset.names)[:300]}")
+    rank = np.full(len(dataset.names) - STRANGE, IGNORE)  # -1 and -2 count from the end
+    rank[seen] = range(len(seen))
+    rank[STRANGE] = STRANGE
+    dataset.lookup, dataset.names = rank[dataset.lookup], [dataset.names[i] for i in seen]
+
+
+def read_names(classes, flag="--classes"):
+    """Class names: a list, a file (one a line, after a tab if there is one) or text (split at
+    commas and line ends). A file or text may also be a JSON list. Raises UserError for what is
+    hardly a name, such as `0: red`, a comment, or a lone name that looks like a path."""
+    where, separator, names = flag, r"[,\n]\s*", classes
+    if isinstance(classes, str) and (os.path.isfile(classes) or classes.endswith(".txt")):
+        classes = Path(classes)
+    if isinstance(classes, Path):
+        where, separator = classes, "\n"
+        with reading(classes, "class names, one a line"):
+            names = classes.read_text(encoding="utf-8-sig")
+    if isinstance(names, str) and names.lstrip().startswith(("[", "{")):
+        with reading(where, "a JSON list of names"):
+            names = json.loads(names)
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError("it is no list of strings")
+    elif isinstance(names, str):
+        names = [part.split("\t")[-1].strip() for part in re.split(separator, names.rstrip())]
+    if not 0 < len(names) < 2 ** 15:
+        raise UserError(f"{where} should hold 1 to 32767 class names, and holds {len(names)}")
+    numbered = len(names) > 1 and all(re.match(r"\d+\W", name) for name in names)
+    lone = where == "--classes" and len(names) == 1
+    for i, name in enumerate(names, 1):
+        if numbered or NO_NAME.match(name) or lone and re.search(r"/|\.\w+$", name):
+            raise UserError(f"{where} should hold names of classes alone, of at most 300 letters "
+                            f"each, and name {i} is {name[:100]!r}")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{where} names {twice[:100]!r} twice")
+    return list(names)
+
+
+def count_labels(pixel_labels, num_classes):
+    """Labels of any shape -> pixels of each class, and of IGNORE at the end: [num_classes + 1]."""
+    return np.bincount(np.ravel(pixel_labels) % (num_classes + 1), minlength=num_classes + 1)
+
+
+def first_look(dataset, counts, labelled_patches=1):
+    """What is doubtful about a dataset's first masks, a sentence, or "". counts: `count_labels` of
+    them; labelled_patches: how many of their patches have a label."""
+    absent = [name for name, n in zip(dataset.evaluated, counts) if n == 0]
+    one_apart = len(absent) == 1 or 0 < len(absent) == len(dataset.evaluated) - 1
+    if dataset.own_words and one_apart and counts[-1] > 0.001 * counts.sum():
+        return f"no pixel of the first masks is {absent[0]!r}, and some are 255: is that the class?"
+    if not labelled_patches:
+        return "no patch of the first masks has a label on most of its pixels: SPD and CPA are 0"
+    return ""
+
+
+def normalise(images):
+    """uint8 [...,3,H,W] -> float, with CLIP's mean and standard deviation, on the same device."""
+    return (images / 255).sub_(MEAN.to(images.device)).div_(STD.to(images.device))
 
 
 class TrainingCrops(torch.utils.data.Dataset):
@@ -25,8 +136,7 @@ class TrainingCrops(torch.utils.data.Dataset):
     neither the number of workers nor of processes nor an interruption changes what is trained on.
 
     Draws 0..N-1 visit each of the N images once in a random order, the next N again in another one.
-    An item is (image float [3,size,size] normalised, pixel labels int64 [size,size], path).
-    """
+    An item is (image uint8 [3,size,size], pixel labels int16 [size,size], path)."""
 
     def __init__(self, dataset, size, seed, jitter=1.0):
         self.dataset = dataset
@@ -43,15 +153,82 @@ class TrainingCrops(torch.utils.data.Dataset):
         image, pixel_labels, path = self.dataset.load(int(self.orders[epoch][place]))
         rng = np.random.default_rng((self.seed, 1, draw))
         image, pixel_labels = augment(image, pixel_labels, self.size, self.jitter, rng)
-        return normalise(image), torch.from_numpy(pixel_labels), path
+        image = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return image, torch.from_numpy(pixel_labels.astype(np.int16)), path
+
+
+def augment(image, pixel_labels, size, jitter, rng):
+    """CAT-Seg's augmentation: shortest side to `size` (longest at most 1333/384 of it), random
+    crop, SSD's colour jitter (times `jitter`), flip, padding with 128 and IGNORE. PIL image, pixel
+    labels [H,W] -> PIL image, pixel labels, both size x size."""
+    scale = min(size / min(image.size), round(size * 1333 / 384) / max(image.size))
+    width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
+    left = rng.integers(max(width - size, 0) + 1)
+    top = rng.integers(max(height - size, 0) + 1)
+    right = min(left + size, width)
+    bottom = min(top + size, height)
+    x, y = image.width / width, image.height / height  # only what is cropped gets resized
+    box = (x * left, y * top, min(x * right, image.width), min(y * bottom, image.height))
+    image = image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box)
+    image = colour_jitter(image, jitter, rng)
+    rows = (y * (np.arange(top, bottom) + 0.5)).astype(int)  # nearest
+    columns = (x * (np.arange(left, right) + 0.5)).astype(int)
+    pixel_labels = pixel_labels[rows[:, None], columns]
+    if rng.uniform() < 0.5:
+        image = ImageOps.mirror(image)
+        pixel_labels = pixel_labels[:, ::-1]
+    padded = Image.new("RGB", (size, size), (128, 128, 128))
+    padded.paste(image)
+    missing = [(0, size - n) for n in pixel_labels.shape]
+    return padded, np.pad(pixel_labels, missing, constant_values=IGNORE)
+
+
+def colour_jitter(image, strength, rng):
+    """SSD's photometric distortion of a PIL image: brightness, contrast, saturation and hue, each
+    with probability one half, the contrast before or after the others. strength 1 is SSD's."""
+    with_brightness, with_contrast, with_saturation, with_hue, first = rng.uniform(size=5) < 0.5
+    b, c, s, h = strength * rng.uniform(-1, 1, 4)
+    if with_brightness:
+        image = stretch(image, 1, 32 * b)
+    if with_contrast and first:
+        image = stretch(image, 1 + 0.5 * c, 0)
+    if with_saturation or with_hue:
+        hue, saturation, value = image.convert("HSV").split()
+        if with_saturation:
+            saturation = saturation.point([int(min(v * (1 + 0.5 * s), 255)) for v in range(256)])
+        if with_hue:  # at most 18 of OpenCV's 180 steps
+            hue = hue.point([int(v + 18 * h * 256 / 180) % 256 for v in range(256)])
+        image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    if with_contrast and not first:
+        image = stretch(image, 1 + 0.5 * c, 0)
+    return image
+
+
+def stretch(image, factor, offset):
+    """factor * v + offset for every value of an RGB image, within 0..255."""
+    return image.point([int(min(max(factor * v + offset, 0), 255)) for v in range(256)] * 3)
 
 
 def batches(crops, batch_size, start, stop, rank=0, world=1, workers=0):
     """Batches of draws for steps start..stop-1: each step takes the next batch_size * world draws,
-    of which this rank takes its share. Returns an iterable over (images [b,3,S,S], pixel labels
-    [b,S,S], paths)."""
-    firsts = [(step * world + rank) * batch_size for step in range(start, stop)]
-    mine = [range(first, first + batch_size) for first in firsts]
-    return torch.utils.data.DataLoader(crops, batch_sampler=mine, num_workers=workers,
-                                       worker_init_fn=runs.leave_process_group,
-                                       pin_memory=torch.cuda.is_available())
+    of which this rank takes its share. Yields (images uint8 [b,3,S,S], pixel labels int16 [b,S,S],
+    paths)."""
+    first, step = (start * world + rank) * batch_size, world * batch_size
+    draws = (range(i, i + batch_size) for i in range(first, stop * step, step))
+    yield from in_loaders(torch.utils.data.DataLoader(
+        crops, batch_sampler=draws, num_workers=workers, pin_memory=torch.cuda.is_available(),
+        worker_init_fn=accidents.loader_process, timeout=LOADER_TIMEOUT if workers else 0))
+
+
+def in_loaders(loader):
+    """Yields what a DataLoader does. Whatever ends one of its processes becomes a UserError."""
+    try:
+        yield from loader
+    except (UserError, OSError, EOFError, MemoryError, RuntimeError) as e:
+        if not loader.num_workers:
+            raise
+        said = (str(e).strip() or type(e).__name__).splitlines()[-1]  # after a traceback
+        if isinstance(e, UserError):
+            raise UserError(said.partition(": ")[2]) from e
+        raise UserError(f"a loader process failed ({said}); try --workers 0, in Docker a larger "
+                        "--shm-size, and a $TMPDIR of fewer than 70 letters") from e

@@ -4,24 +4,19 @@ import copy
 import torch
 
 
-def frozen_copy(encoder):
-    """A copy of `encoder` (any nn.Module) as it is now, in eval mode, without gradients.
-
-    Parameters without requires_grad never change, so the copy shares them with `encoder`; it owns
-    the others, and the buffers: of CLIP-V, whose q and v train, a sixth. Choose what trains before
-    calling this: what is unfrozen later would change in the copy too."""
-    shared = {id(p): p for p in encoder.parameters() if not p.requires_grad}
-    # deepcopy takes `shared` for copies that it has made already
-    return copy.deepcopy(encoder, shared).eval().requires_grad_(False)
+def frozen_copy(module):
+    """A copy of `module` as it is now, in eval mode, without gradients. It shares the parameters
+    that do not require gradients, so choose what trains before calling this."""
+    shared = {id(p): p for p in module.parameters() if not p.requires_grad}
+    return copy.deepcopy(module, shared).eval().requires_grad_(False)  # shared: copied already
 
 
 class MomentumEncoder:
     """E^M of the paper: E^M = alpha * E^M + (1 - alpha) * E, starting as a copy of E.
 
-    encoder: E, the encoder that is trained (the paper's target; here the average follows it), any
-    nn.Module. alpha: the momentum, in [0, 1]; with 1, its parameters stay as they are: a frozen
-    teacher. Calling it runs E^M without a graph and returns what E returns. On purpose it is no
-    nn.Module, so that neither the optimiser nor DDP sees its parameters.
+    encoder: E, any nn.Module, the encoder that is trained. alpha: the momentum, in [0, 1]; 1 gives
+    a frozen teacher. Calling it runs E^M without a graph and returns what E returns. It is no
+    nn.Module, so neither the optimiser nor DDP sees its parameters.
     """
 
     def __init__(self, encoder, alpha):
@@ -38,31 +33,22 @@ class MomentumEncoder:
     @torch.no_grad()
     def update(self):
         """E^M = alpha E^M + (1 - alpha) E, once after each optimiser step; buffers are copied."""
-        for average, target in zip(self.average.parameters(), self.target.parameters()):
-            if average is not target:
-                average.mul_(self.alpha).add_(target, alpha=1 - self.alpha)
+        pairs = zip(self.average.parameters(), self.target.parameters())
+        pairs = [(average, target) for average, target in pairs if average is not target]
+        if pairs:
+            averages, targets = zip(*pairs)
+            torch._foreach_lerp_(averages, targets, 1 - self.alpha)
         for average, target in zip(self.average.buffers(), self.target.buffers()):
             average.copy_(target)
 
-    def own_tensors(self):
-        """{name: tensor} of what E^M does not share with E."""
-        shared = {id(p) for p in self.target.parameters()}
-        named = [*self.average.named_parameters(), *self.average.named_buffers()]
-        return {name: tensor.data for name, tensor in named if id(tensor) not in shared}
-
     def state_dict(self):
-        """Its own tensors by name, and alpha. The shared ones are in E's state."""
-        return {"alpha": self.alpha, "tensors": self.own_tensors()}
+        """{name: tensor} of what E^M does not share with E."""
+        shared = {p.data_ptr() for p in self.target.parameters()}
+        state = self.average.state_dict()
+        return {name: t for name, t in state.items() if t.data_ptr() not in shared}
 
     def load_state_dict(self, state):
-        """Takes back what `state_dict` gave. Raises ValueError when it is another encoder's."""
-        own = self.own_tensors()
-        shapes = {name: tensor.shape for name, tensor in own.items()}
-        found = {name: tensor.shape for name, tensor in state["tensors"].items()}
-        differ = sorted(n for n in shapes | found if shapes.get(n) != found.get(n))
-        if differ:
-            raise ValueError(f"the momentum state does not fit this encoder: {len(differ)} tensors "
-                             f"differ, {differ[0]} first")
-        self.alpha = state["alpha"]
-        for name, tensor in own.items():
-            tensor.copy_(state["tensors"][name])
+        """Take back what `state_dict` gave. Raises ValueError when it is another encoder's."""
+        if state.keys() != self.state_dict().keys():
+            raise ValueError("the momentum state belongs to another encoder")
+        self.average.load_state_dict({**self.average.state_dict(), **state})

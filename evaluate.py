@@ -4,28 +4,29 @@
     torchrun --nproc_per_node=8 evaluate.py --checkpoint out/coco-stuff/last.pt --datasets all
     python evaluate.py --checkpoint FILE --image photo.jpg --classes "cat, sofa, wooden floor"
 
-Every image is evaluated once, whatever the number of processes. Tables are also written, to
-eval/DATASET.json beside the checkpoint; a picture's labels to photo.seg.png beside the picture.
+Scores are printed and written to eval/DATASET.json beside the checkpoint. photo.jpg.rpmd.png will
+show the labels of photo.jpg.
 """
-import support.signals  # noqa: F401, first: it handles Ctrl-C during the slow imports
-import functools
-import sys
+import argparse
+import collections
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from open_clip.tokenizer import get_clean_fn
 from PIL import Image
 from tqdm import tqdm
 
 import data
-from losses import IGNORE
-from sources.readers import as_image, read_image
-from support import labelling, pictures, runs, weights
-from support.command_line import parse_evaluation
-from support.errors import UserError, reading
-from support.tables import format_result
+from losses import IGNORE, correctly_classified, patch_labels
+from model import first_synonym
+from sources.readers import IMAGE_TYPES, as_image, read_image
+from support import accidents, checkpoint
+from support.files import UserError, reading, replacing, write_json
 
 
 def resize(x, size):
@@ -33,9 +34,9 @@ def resize(x, size):
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
-def is_sliding(views, dataset):
+def is_sliding(views, dataset_name):
     """Whether to take CAT-Seg's five views: as --views says, by default not of a toy world."""
-    return views == "sliding" if views else not dataset.startswith("toy")
+    return views == "sliding" if views else not dataset_name.startswith("toy")
 
 
 def views(image, size, sliding):
@@ -48,7 +49,8 @@ def views(image, size, sliding):
     canvas = round(size * 5 / 3) if sliding else size
     scale = min(canvas / min(image.size), 4 * canvas / max(image.size))
     width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
-    x = data.normalise(image.resize((width, height), Image.Resampling.BILINEAR))[None]
+    pixels = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
+    x = data.normalise(torch.from_numpy(pixels).permute(2, 0, 1))[None]  # [1,3,height,width]
     whole = resize(x, (size, size))
     if not sliding:
         return whole, canvas
@@ -72,23 +74,28 @@ def merge(scores, canvas):
 
 
 @torch.inference_mode()
+def encode_names(model, names):
+    """T [K,D] of K class names."""
+    return model.encode_text(model.tokenize(names))
+
+
+@torch.inference_mode()
 def class_scores(model, image, text, sliding=True, zero_shot=False, size=None, chunk=None):
     """Yields (first class, probabilities [1,c,H,W]) for successive chunks of the classes of text
-    [K,D]: a photograph with many classes has gigabytes of scores.
-
-    H, W: `size`, the image's own by default. Probabilities are sigmoids of the head's logits; with
-    zero_shot, CLIP's own cosines of patch and text.
-    """
+    [K,D], because a photograph with many classes has gigabytes of scores. size: (H, W), that of the
+    PIL image by default. Probabilities are sigmoids of the head's logits; with zero_shot, CLIP's
+    cosines."""
     x, canvas = views(image, model.image_size, sliding)
+    H, W = size or image.size[::-1]
+    on_cpu = text.device.type == "cpu"
     logits = []
-    for view in x.to(text.device).split(1 if text.device.type == "cpu" else len(x)):
+    for view in x.to(text.device).split(1 if on_cpu else len(x)):
         patches, middle = model.encode_image(view)
         if zero_shot:
             logits.append(model.cost(patches, text))
         else:
             logits.append(model.compute_logits(patches, middle, text))
-    H, W = size or image.size[::-1]
-    chunk = chunk or min(16, max(1, 2 ** 26 // (H * W)))  # classes at once
+    chunk = chunk or max(1, min(16 if on_cpu else 64, 2 ** 26 // (H * W)))  # classes at once
     for first in range(0, len(text), chunk):
         scores = torch.cat([of_view[:, first:first + chunk] for of_view in logits]).float()
         scores = resize(scores, x.shape[2:])
@@ -114,15 +121,36 @@ def segment(model, image, names, **options):
     if isinstance(names, str) or not names:
         raise UserError(f"names should be a list of at least one class name, not {names!r}")
     names = data.read_names(names, "the list of names")
-    model.eval()
-    with torch.inference_mode():
-        text = model.encode_text(model.tokenize(names))
-    return label_map(model, as_image(image), text, **options)
+    check_names(model, names, own_words=True)
+    return label_map(model.eval(), as_image(image), encode_names(model, names), **options)
+
+
+def spoken(name):
+    """What the tokenizer makes of a class name: its first synonym, in small letters."""
+    return get_clean_fn("lower")(first_synonym(name))
+
+
+def check_names(model, names, own_words=False, trained_on=""):
+    """Names that the text encoder reads alike: a UserError if the user chose them, else a note on
+    process 0. trained_on: the checkpoint's dataset; one of a toy world knows only its words."""
+    problem = model.ambiguous(names)
+    if problem and own_words:
+        raise UserError(problem)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    if problem:
+        print(f"note: {problem}")
+    if trained_on.startswith("toy"):
+        from sources.toy import NAMES
+        words = set(" ".join(NAMES).split())
+        strange = [name for name in names if not words.issuperset(spoken(name).split())]
+        if strange:
+            print(f"warning: the checkpoint's toy world has no words for {strange[0]!r}")
 
 
 def confusion_matrix(prediction, pixel_labels, num_classes):
     """int64 [K,K], row = label, column = prediction, of label maps of any shape. Pixels labelled
-    IGNORE count nowhere."""
+    IGNORE count nowhere. Raises ValueError for other values outside 0..K-1."""
     counted = pixel_labels != IGNORE
     true = pixel_labels[counted].long()
     predicted = prediction[counted].long()
@@ -152,19 +180,20 @@ def mean_iou(confusion, classes=slice(None)):
     return {"ground_truth": iou[labelled].mean().item(), "union": iou.nanmean().item()}
 
 
-def percent(x):
-    return None if np.isnan(x) else 100 * x  # JSON has no NaN
-
-
 def summary(confusion, names, seen=None):
     """A confusion matrix as plain numbers in per cent: both mIoU, pixel accuracy, IoU per class. If
     `seen` (names that segmentation training showed) holds some of the names and not all, also mIoU
-    of seen and unseen ones and their harmonic mean."""
+    of seen and unseen ones and their harmonic mean. Names are compared as the tokenizer reads them.
+    """
+    def percent(x):
+        return None if np.isnan(x) else 100 * x  # JSON has no NaN
+
     result = {f"mIoU_{name}": percent(value) for name, value in mean_iou(confusion).items()}
     right = confusion.diagonal().sum().item()
     result["pixel_accuracy"] = 100 * right / max(1, confusion.sum().item())
-    shown = [i for i, name in enumerate(names) if name in (seen or ())]
-    others = [i for i, name in enumerate(names) if name not in (seen or ())]
+    seen = set(map(spoken, seen or ()))
+    shown = [i for i, name in enumerate(names) if spoken(name) in seen]
+    others = [i for i, name in enumerate(names) if spoken(name) not in seen]
     if shown and others:
         a = mean_iou(confusion, shown)["ground_truth"]
         b = mean_iou(confusion, others)["ground_truth"]
@@ -176,118 +205,231 @@ def summary(confusion, names, seen=None):
     return result
 
 
-def evaluate(model, dataset, device, sliding=True, zero_shot=False, rank=0, world=1,
-             desc="evaluating", keep=None):
+def evaluate(model, dataset, sliding=True, zero_shot=False, rank=0, world=1, labels=None):
     """Confusion matrix over a dataset, summed over processes, of which each takes every world-th
-    image. keep: called as keep(i, image, pixel_labels, prediction, path) for every image. A
-    KeyboardInterrupt is raised with the confusion matrix and number of images of this process."""
-    model.eval()
-    with torch.inference_mode():
-        text = model.encode_text(model.tokenize(dataset.names))
-    count = len(dataset.evaluated)
-    total = torch.zeros(count, count, dtype=torch.int64, device=device)
-    done = 0
-    try:
-        for i in tqdm(range(rank, len(dataset), world), desc, disable=rank > 0, leave=False):
-            image, pixel_labels, path = dataset.load(i)
-            prediction = label_map(model, image, text, sliding=sliding, zero_shot=zero_shot)
-            prediction = prediction.clamp(max=count - 1)  # of voc-20b all names from the last on
-            if keep:
-                keep(i, image, pixel_labels, prediction.cpu().numpy(), path)
-            pixel_labels = torch.from_numpy(pixel_labels).to(device)
-            total += confusion_matrix(prediction, pixel_labels, count)
-            done += 1
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(total, done) from None
+    image. labels: a folder for the label maps, or None."""
+    text = encode_names(model.eval(), dataset.names)
+    K = len(dataset.evaluated)
+    total = torch.zeros(K, K, dtype=torch.int64, device=text.device)
+    for i in tqdm(range(rank, len(dataset), world), "evaluating", disable=rank > 0, leave=False):
+        if accidents.stop_asked:
+            raise KeyboardInterrupt
+        image, pixel_labels, path = dataset.load(i)
+        prediction = label_map(model, image, text, sliding=sliding, zero_shot=zero_shot)
+        prediction = prediction.clamp(max=K - 1)  # of voc-20b all names from the last on
+        if labels:
+            save_labels(labels / f"{Path(path).stem}.png", prediction, K)
+        total += confusion_matrix(prediction, torch.from_numpy(pixel_labels).to(text.device), K)
     if world > 1:
         dist.all_reduce(total)
     return total
 
 
-def evaluate_dataset(name, dataset, model, checkpoint, args, rank, world, device):
-    stem = (name + "-zero-shot" if args.zero_shot else name).replace(":", "-").replace("/", "_")
-    folder = Path(args.out or Path(args.checkpoint).parent / "eval", stem)
-    sliding = is_sliding(args.views, name)
-
-    def report(confusion, images, ending):
-        result = {"dataset": name, "split": args.split, "images": images, "source": dataset.source,
-                  "checkpoint": args.checkpoint, "zero_shot": args.zero_shot,
-                  "views": 5 if sliding else 1, "pixels": confusion.sum().item(),
-                  **summary(confusion, dataset.evaluated, checkpoint.get("names"))}
-        print(format_result(result))
-        print("written to", runs.write_json(result, Path(f"{folder}{ending}")))
-
-    try:
-        confusion = evaluate(model, dataset, device, sliding, args.zero_shot, rank, world, name,
-                             functools.partial(labelling.keep, folder, dataset, args))
-    except KeyboardInterrupt as e:
-        if rank == 0 and e.args:
-            report(*e.args, ".partial.json")
-            print(f"interrupted: this is what the first process had after {e.args[1]} of "
-                  f"{len(dataset)} images")
-        raise
-    if rank == 0:
-        report(confusion, len(dataset), ".json")
+def save_labels(path, labels, num_classes):
+    """Write labels [H,W] as a png of 8 bits, from 257 classes on of 16."""
+    labels = labels.cpu().numpy().astype(np.min_scalar_type(num_classes - 1))
+    with replacing(path) as file:
+        Image.fromarray(labels).save(file, "png")
 
 
-def compile_parts(model):
-    """--compile: the parts of the model that evaluation calls, each by itself."""
-    head = model.head
-    runs.compile_forward(model.image_encoder, *head.spatial, *head.classes, *head.decoder)
+def patch_view(model, image, pixel_labels):
+    """An image as one whole view [1,3,S,S] on the model's device, and its patches' labels [1,L]."""
+    device, size = model.logit_scale.device, model.image_size
+    view, _ = views(image, size, sliding=False)
+    small = torch.from_numpy(pixel_labels).float()[None, None]  # [1,1,H,W]
+    small = F.interpolate(small, (size, size), mode="nearest")[0].long()
+    return view.to(device), patch_labels(small, model.grid).to(device)
 
 
-def main():
-    args = parse_evaluation(__doc__, data.NAMES, data.REPORTED)
-    with runs.one_sentence_for_errors():
-        runs.Interruption(at_once=True)
-        rank, world, device = runs.start_processes(args.timeout)
-        checkpoint = weights.read_checkpoint(args.checkpoint)
-        if args.zero_shot:
-            with reading(args.checkpoint, "a checkpoint"):
-                checkpoint["model"] |= checkpoint.get("original", {})
-        model = weights.from_checkpoint(checkpoint, args.checkpoint).to(device).eval()
-        del checkpoint["model"]  # one copy is enough
-        if args.compile:
-            compile_parts(model)
-        if args.image:
-            wrong = label_pictures(model, checkpoint, args) if rank == 0 else []
-            sys.exit("\n".join(wrong) or 0)
-        names = []
-        for name in args.datasets:
-            names += data.REPORTED if name == "all" else [name]
-        datasets = [data.open_dataset(n, args.data_root, args.split, args.classes) for n in names]
-        for name, dataset in zip(names, datasets):
-            if rank == 0:
-                print(f"{name}: {len(dataset)} images, {len(dataset.names)} names, "
-                      f"from {dataset.source}")
-            evaluate_dataset(name, dataset, model, checkpoint, args, rank, world, device)
+@torch.inference_mode()
+def examples(path, model, original, momentum, dataset, unseen=()):
+    """Draw the paper's Figure 1 for three images of a dataset: the reference patches before and
+    after training, and the prediction. original: the Segmenter with CLIP as training began;
+    momentum: MomentumEncoder, or None for the model's own patches; unseen: names to star."""
+    from support import pictures
+    first_text, text = encode_names(original, dataset.names), encode_names(model, dataset.names)
+    encoders = {"CLIP before training": (original.encode_image, first_text)}
+    encoders["momentum encoder" if momentum else "trained encoder"] = (
+        momentum or model.encode_image, text)
+    rows, label_maps = [], []
+    for i in np.linspace(0, len(dataset) - 1, min(3, len(dataset))).astype(int):
+        image, pixel_labels, _ = dataset.load(i)
+        view, labels = patch_view(model, image, pixel_labels)
+        rows.append([image, pictures.paint(pixel_labels)])
+        for encode, vocabulary in encoders.values():
+            correct = correctly_classified(encode(view)[0], vocabulary, labels)  # [1,L]
+            rows[-1].append(pictures.highlight(image, correct.reshape(model.grid).cpu().numpy()))
+        prediction = label_map(model, image, text, sliding=not dataset.source.endswith("toy.py"))
+        prediction = prediction.clamp(max=len(dataset.evaluated) - 1).cpu().numpy()
+        rows[-1].append(pictures.paint(prediction))
+        label_maps += [pixel_labels, prediction]
+    titles = [f"correct patches:\n{name}" for name in encoders]
+    titles = ["picture", "ground truth", *titles, "prediction"]
+    caption = ("Faded: patches whose feature is not nearest to the name of their label.   "
+               "* a name outside the training set.")
+    legend = pictures.legend(dataset.evaluated, label_maps, unseen)
+    pictures.sheet(path, titles, rows, legend, caption)
 
 
-def label_pictures(model, checkpoint, args):
-    """--image: label pictures with --classes. Returns what went wrong, a sentence for each."""
+def printable(cell):
+    """A number with one decimal, or text with control characters and bars escaped."""
+    if isinstance(cell, float):
+        return f"{cell:.1f}"
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(cell))
+    return text.replace("|", "\\|")
+
+
+def format_table(rows):
+    """Rows of cells as a Markdown table; the first row is the header."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = []
+    for first, *others in cells:
+        padded = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        lines.append(f"| {' | '.join(padded)} |")
+    return "\n".join(lines)
+
+
+def format_result(result):
+    """What `summary` gives as a table: the means, then the IoU of each class, best first."""
+    ious = result["classes"]
+    rows = [["per cent", result["dataset"]]]
+    rows += [[key, value] for key, value in result.items() if isinstance(value, float)]
+    for name in sorted(ious, key=lambda name: ious[name] or 0, reverse=True):
+        rows.append([name, "no pixels" if ious[name] is None else ious[name]])
+    return format_table(rows)
+
+
+def result_path(name, dataset, args):
+    """Where results go, without an ending: what differs from the default is in the name."""
+    weights = Path(args.checkpoint).resolve()
+    kind, _, place = name.partition(":")
+    folder = str(Path(place).expanduser().resolve()) if kind == "folder" else ""
+    words = [Path(folder).name[:40] or name.replace(":", "-"),
+             "train" if args.split == "train" else "", args.views,
+             "zero-shot" if args.zero_shot else "", "" if weights.stem == "last" else weights.stem]
+    digested = [folder, args.classes and dataset.names, args.out and str(weights)]
+    if any(digested):
+        words.append(hashlib.sha256(json.dumps(digested).encode()).hexdigest()[:8])
+    return Path(args.out or weights.parent / "eval", "-".join(filter(None, words)))
+
+
+def find_pictures(places):
+    """The pictures among files and folders. Prints how many files of a folder it passes over."""
+    paths = []
+    for place in map(Path, places):
+        if not place.is_dir():
+            paths.append(place)
+            continue
+        files = {path for path in place.iterdir() if not path.is_dir()}
+        usable = {path for path in files if path.suffix.lower() in IMAGE_TYPES and path.is_file()
+                  and ".rpmd." not in path.name}
+        paths += sorted(usable)
+        passed_over = collections.Counter(path.suffix for path in files - usable)
+        if passed_over:
+            print(f"{place}: passed over {passed_over.total()} files: {dict(passed_over)}")
+    return paths
+
+
+def label_pictures(model, trained_on, args):
+    """--image: label pictures with --classes. Raises UserError, in the end also for pictures that
+    can't be read."""
+    from support import pictures
     if not args.classes:
         raise UserError('--image needs --classes, as in --classes "cat, sofa, wooden floor"')
     names = data.read_names(args.classes)
-    sliding = is_sliding(args.views, str(checkpoint.get("args", {}).get("dataset")))
-    stems = labelling.find_images(args.image, args.out)
-    with torch.inference_mode():
-        text = model.encode_text(model.tokenize(names))
-    wrong = []
-    for stem, path in tqdm(stems.items(), "pictures", disable=len(stems) == 1):
+    check_names(model, names, own_words=True, trained_on=trained_on)
+    text = encode_names(model, names)
+    sliding = is_sliding(args.views, trained_on)
+    targets, wrong = {}, []
+    for path in tqdm(find_pictures(args.image), "pictures", leave=False):
+        target = Path(args.out or path.parent, f"{path.name}.rpmd.png")  # a name that nobody uses
         try:
+            if targets.setdefault(target, path) != path:
+                raise UserError(f"{path} would overwrite the labels of {targets[target]}")
             image = read_image(path)
         except UserError as e:
-            wrong.append(f"error: {e}")
+            wrong.append(str(e))
             continue
-        pixel_labels = label_map(model, image, text, sliding=sliding, zero_shot=args.zero_shot)
-        pixel_labels = pixel_labels.cpu().numpy()
-        labelling.save(pictures.segmentation(image, pixel_labels, names), f"{stem}.seg.png")
+        labels = label_map(model, image, text, sliding=sliding, zero_shot=args.zero_shot).cpu()
         if args.save_labels:
-            labelling.save(labelling.label_image(pixel_labels, names), f"{stem}.labels.png")
-        found = [entry for entry, _ in pictures.legend_entries(names, pixel_labels, shares=True)]
-        tqdm.write(f"{stem}.seg.png: {', '.join(found)}")
-    return wrong
+            save_labels(target.with_suffix(".labels.png"), labels, len(names))
+        shares = pictures.labelled(target, [(image, labels.numpy())], names, shares=True)
+        tqdm.write(printable(f"{target}: {', '.join(shares)}"))
+    if wrong:
+        raise UserError("; ".join(wrong))
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--checkpoint", required=True, help="of train.py, or one that CAT-Seg published")
+    add("--datasets", nargs="+", default=["toy"], metavar="NAME",
+        help=f"{', '.join(data.NAMES)}; all: {', '.join(data.REPORTED)} (default toy)")
+    add("--data-root", help="the folder that holds the datasets (default $RPMD_DATA, else "
+                            "$DETECTRON2_DATASETS, else ./datasets)")
+    add("--split", choices=("train", "val"), default="val", help="default val")
+    add("--image", nargs="+", metavar="PATH", help="instead: pictures, or folders of them")
+    add("--classes", help="names: a file, or comma-separated; for --image, or a dataset's own anew")
+    add("--views", choices=("sliding", "whole"),
+        help="CAT-Seg's five views of an image, or one (default sliding; whole for toy worlds)")
+    add("--zero-shot", action="store_true", help="CLIP as training began with it, without the head")
+    add("--compile", action="store_true", help="torch.compile: the first image takes minutes")
+    add("--save-labels", action="store_true", help="also label maps as png files")
+    add("--out", help="folder for results (default: eval/ beside the checkpoint; with --image, "
+                      "beside the picture)")
+    return p.parse_args(argv)
+
+
+def main():
+    args = parse()
+    rank, world, device = accidents.start_processes()
+    contents = checkpoint.read(args.checkpoint)
+    with reading(args.checkpoint, "a checkpoint"):
+        if args.zero_shot:
+            contents["model"] |= contents.get("original", {})
+        trained_on = str(contents.get("args", {}).get("dataset"))
+        seen = [str(name) for name in contents.get("names", ())]
+    model = checkpoint.build_from(contents, args.checkpoint).to(device).eval()
+    if args.compile:
+        head = model.head
+        for module in (model.image_encoder, *head.spatial, *head.classes, *head.decoder):
+            module.compile()
+    if args.image:
+        if rank == 0:
+            label_pictures(model, trained_on, args)
+        return
+
+    names = []
+    for name in args.datasets:
+        names += data.REPORTED if name == "all" else [name]
+    datasets = [data.open_dataset(n, args.data_root, args.split, args.classes) for n in names]
+    weights = sum(tensor.double().abs().sum().item() for tensor in contents["model"].values())
+    told = [dataset.fingerprint[:16] for dataset in datasets]
+    accidents.agree(f"{weights:.12g} {told} {args.views} {args.zero_shot}",
+                    "the weights, the images, their names, --views or --zero-shot")
+    for name, dataset in zip(names, datasets):
+        check_names(model, dataset.names, dataset.own_words, trained_on)
+        if rank == 0:
+            print(f"{name}: {len(dataset)} images of {len(dataset.names)} names, {dataset.source}")
+            if dataset.warning:
+                print(f"warning: {dataset.warning}")
+        path = result_path(name, dataset, args)
+        sliding = is_sliding(args.views, name)
+        labels = path / "labels" if args.save_labels else None
+        confusion = evaluate(model, dataset, sliding, args.zero_shot, rank, world, labels)
+        if rank == 0:
+            result = dict(
+                dataset=name, split=args.split, images=len(dataset), source=dataset.source,
+                checkpoint=args.checkpoint, step=contents.get("step"), zero_shot=args.zero_shot,
+                views=5 if sliding else 1, pixels=confusion.sum().item(),
+                **summary(confusion, dataset.evaluated, seen))
+            written = write_json(result, Path(f"{path}.json"))
+            print(f"{format_result(result)}\nwritten to {written}")
 
 
 if __name__ == "__main__":
-    main()
+    with accidents.door():
+        main()

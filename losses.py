@@ -1,9 +1,9 @@
 """The equations of reference patch momentum distillation, as functions of tensors.
 
 The paper is Liu et al., "Reference patch momentum distillation for open-vocabulary semantic
-segmentation", Sci China Inf Sci 69(6):169101, 2026. These are plain functions of tensors: they use
-no module, no optimiser and no process group, stop gradients into their teacher themselves, and do
-not call each other, so that any one of them can be copied alone.
+segmentation", Sci China Inf Sci 69(6):169101, 2026. These functions use no module, no optimiser and
+no process group, stop gradients into the teacher themselves, and do not call each other, so that
+any one of them can be copied alone.
 
     B  images      L = H*W  patches of an image      K  classes      D  width of the joint embedding
     patches (V) [B,L,D], momentum_patches (V^M) [B,L,D], text (T) [K,D],
@@ -18,12 +18,11 @@ IGNORE = -1  # the default of `ignore` below; not 255, which is a class of ADE20
 
 @torch.no_grad()
 def patch_labels(pixel_labels, grid):
-    """G: the label of each patch is the most frequent label of its pixels (our choice; the paper
-    does not say). Ties go to the lowest label; `torch.mode` does not promise which one it takes.
+    """G: the label of a patch is the most frequent label of its pixels (our choice; the paper does
+    not say). Ties go to the lowest label; `torch.mode` does not promise which one it takes.
 
     pixel_labels: integer [B,H,W]. grid: (rows, columns) of patches, which must divide H and W.
-    Returns [B,L], L = rows * columns. IGNORE counts as a label, and being -1 it wins ties.
-    (test_patch_labels_equal_counting)
+    Returns [B,L], L = rows * columns. IGNORE counts as a label and, being -1, wins ties.
     """
     B, H, W = pixel_labels.shape
     rows, columns = grid
@@ -37,23 +36,26 @@ def patch_labels(pixel_labels, grid):
 
 
 @torch.no_grad()
-def reference_mask(patches, text, labels, ignore=-1):
-    """Eq. (1): M_s = 1{argmax(V T^T) = G}, the patches whose feature already names the right class.
+def correctly_classified(patches, text, labels, ignore=-1):
+    """Eq. (1): 1{argmax(V T^T) = G}, the patches whose feature names the right class.
 
     patches [B,L,D], text [K,D], labels [B,L]. The argmax is over cosines. Returns bool [B,L], False
-    where labels are `ignore`. Of momentum patches it gives the reference patches; of the trained
-    encoder's own patches (the paper's target), those that are correctly predicted.
+    where labels are `ignore`. Momentum patches give M_s, the reference patches; the student's own
+    patches give those that it predicts correctly, for Q of Eq. (5).
     """
     V = F.normalize(patches, dim=-1)
     T = F.normalize(text, dim=-1)
-    named = torch.einsum("bld,kd->blk", V, T).argmax(-1)  # [B,L]
-    return (named == labels) & (labels != ignore)
+    predicted = torch.einsum("bld,kd->blk", V, T).argmax(-1)  # [B,L]
+    return (predicted == labels) & (labels != ignore)
+
+
+reference_mask = correctly_classified  # its name where it is given momentum patches
 
 
 def spd_loss(patches, momentum_patches, mask, normalise=False):
     """Eq. (2), selective patch distillation: mean of ||V_p - V^M_p||^2 over the reference patches.
 
-    patches, momentum_patches [B,L,D]; mask bool [B,L] from `reference_mask`. normalise: compare
+    patches, momentum_patches [B,L,D]; mask bool [B,L]: the reference patches. normalise: compare
     unit vectors, which Eq. (2) does not say and train.py does by default. Returns a scalar: the
     mean over the reference patches of an image, then over the images that have one; 0 (with zero
     gradient) when none has. No gradient reaches momentum_patches.
@@ -71,8 +73,7 @@ def spd_loss(patches, momentum_patches, mask, normalise=False):
 
 @torch.no_grad()
 def class_reference_masks(mask, labels, num_classes):
-    """Eq. (3): M_c = M_s restricted to the patches of class c. mask, labels [B,L]. Returns bool
-    [B,K,L]."""
+    """Eq. (3): M_c, the reference patches of each class. mask, labels [B,L] -> bool [B,K,L]."""
     classes = torch.arange(num_classes, device=labels.device)
     return mask[:, None, :] & (labels[:, None, :] == classes[None, :, None])
 
@@ -95,37 +96,31 @@ def class_prototypes(momentum_patches, class_masks):
 def contrast_mask(valid, labels, correct, ignore=-1):
     """Q of Eq. (5): the correctly predicted patches whose class has a prototype in their image.
 
-    valid [B,K] from `class_prototypes`; labels [B,L]; correct bool [B,L]: `reference_mask` of the
-    trained encoder's patches. Returns bool [B,L].
+    valid [B,K] from `class_prototypes`; labels [B,L]; correct bool [B,L]: `correctly_classified` of
+    the student's patches. Returns bool [B,L].
     """
     own_class = labels.masked_fill(labels == ignore, 0)  # [B,L]
-    if labels.device.type == "cpu" and not ((0 <= own_class) & (own_class < valid.shape[1])).all():
-        raise ValueError(f"labels should be {ignore} or lie in 0..{valid.shape[1] - 1}")
     return correct & (labels != ignore) & valid.gather(1, own_class)
 
 
-def cpa_loss(patches, prototypes, valid, labels, correct, tau, ignore=-1):
-    """Eq. (5), class-prototype alignment: pull each patch of Q to its class's prototype, away from
-    the others.
+def cpa_loss(patches, prototypes, valid, labels, q, tau):
+    """Eq. (5), class-prototype alignment: pull each patch of Q to the prototype of its class, away
+    from the other prototypes.
 
     patches [B,L,D]; prototypes [B,K,D] and valid bool [B,K] from `class_prototypes`; labels [B,L];
-    correct bool [B,L]: `reference_mask` of these patches; tau: the temperature. Q is what
-    `contrast_mask` gives; the denominator runs over the classes with a prototype in the image.
-    Returns a scalar: the mean over Q in each image, then over the images whose Q is not empty; 0
-    (with zero gradient) when every Q is. No gradient reaches the prototypes.
+    q bool [B,L] from `contrast_mask`; tau: the temperature. The denominator runs over the classes
+    that have a prototype in the image. Returns a scalar: the mean over Q in each image, then over
+    the images whose Q is not empty; 0 (with zero gradient) when every Q is empty. No gradient
+    reaches the prototypes.
     """
-    own_class = labels.masked_fill(labels == ignore, 0)  # [B,L]
-    # asked on CPUs only: on a GPU the answer would be waited for
-    if labels.device.type == "cpu" and not ((0 <= own_class) & (own_class < valid.shape[1])).all():
-        raise ValueError(f"labels should be {ignore} or lie in 0..{valid.shape[1] - 1}")
     V = F.normalize(patches, dim=-1)
     P = F.normalize(prototypes.detach(), dim=-1)
-    logits = torch.einsum("bld,bkd->blk", V, P) / tau  # [B,L,K]
+    logits = torch.einsum("bld,bkd->bkl", V, P) / tau  # [B,K,L]
     lowest = torch.finfo(logits.dtype).min  # not -inf: its softmax is NaN where no class is valid
-    log_p = logits.masked_fill(~valid[:, None, :], lowest).log_softmax(-1)
-    log_p = log_p.gather(-1, own_class[..., None]).squeeze(-1)  # [B,L]
-    q = correct & (labels != ignore) & valid.gather(1, own_class)
-    per_image = -log_p.masked_fill(~q, 0).sum(-1) / q.sum(-1).clamp(min=1)  # [B]
+    logits = logits.masked_fill(~valid[:, :, None], lowest)
+    target = labels.masked_fill(~q, -1)
+    loss = F.cross_entropy(logits, target, ignore_index=-1, reduction="none")  # [B,L], 0 outside Q
+    per_image = loss.sum(-1) / q.sum(-1).clamp(min=1)  # [B]
     return per_image.sum() / q.any(-1).sum().clamp(min=1)
 
 
@@ -134,7 +129,7 @@ def total_loss(seg, spd, cpa, lambda_spd, lambda_cpa):
     return seg + lambda_spd * spd + lambda_cpa * cpa
 
 
-def segmentation_loss(logits, pixel_labels, ignored="negative", chunk=32, ignore=-1):
+def segmentation_loss(logits, pixel_labels, ignored="negative", chunk=64, ignore=-1):
     """L_SEG of CAT-Seg: sigmoid cross-entropy against one-hot labels, at their resolution:
 
         z = F.interpolate(logits, (H, W), mode="bilinear")
@@ -152,17 +147,39 @@ def segmentation_loss(logits, pixel_labels, ignored="negative", chunk=32, ignore
     if ignored not in ("negative", "skip"):
         raise ValueError(f"ignored is 'negative' or 'skip', not {ignored!r}")
     known = pixel_labels != ignore
-    counted = known if ignored == "skip" else torch.ones_like(known)
+    labels = pixel_labels.masked_fill(~known, -1)
 
-    def sum_over_chunk(z, first):
-        z = F.interpolate(z, pixel_labels.shape[-2:], mode="bilinear", align_corners=False)
-        index = (pixel_labels - first)[:, None]  # [B,1,H,W]
-        here = known[:, None] & (index >= 0) & (index < z.shape[1])
-        at_label = z.gather(1, index.clamp(0, z.shape[1] - 1)) * here
-        return (F.softplus(z) * counted[:, None]).sum() - at_label.sum()
+    def sum_over_classes(z, first):
+        """Of the classes from `first` on: [B,H,W]."""
+        z = F.interpolate(z, labels.shape[-2:], mode="bilinear", align_corners=False)
+        index = labels - first
+        index = index.masked_fill(index >= z.shape[1], -1).clamp(min=-1)
+        minus_at_label = F.nll_loss(z, index, ignore_index=-1, reduction="none")
+        return minus_at_label + F.softplus(z).sum(1)
 
     total = 0
     for i, z in enumerate(logits.split(chunk, 1)):
-        total = total + checkpoint(sum_over_chunk, z, i * chunk,
+        total = total + checkpoint(sum_over_classes, z, i * chunk,
                                    use_reentrant=False, preserve_rng_state=False)
-    return total / (counted.sum().clamp(min=1) * logits.shape[1])
+    if ignored == "skip":
+        total = total * known
+    pixels = known.sum().clamp(min=1) if ignored == "skip" else known.numel()
+    return total.sum() / (pixels * logits.shape[1])
+
+
+def pooled_loss(patches, frozen_patches, grid):
+    """No part of RPMD: MAFT+'s distillation, which RPMD is compared with.
+
+    Features [B,L,D] after ReLU are average-pooled on 1x1, 2x2 and 4x4 grids, and each of these is
+    summed over its rows and over its columns. The loss is the smooth-L1 distance between the
+    student's and the frozen CLIP's sums, averaged over B, D and places and added up over the six.
+    grid: (rows, columns) of patches. Returns a scalar. No gradient reaches frozen_patches.
+    """
+    student = patches.relu().transpose(1, 2).unflatten(2, grid)  # [B,D,H,W]
+    frozen = frozen_patches.detach().relu().transpose(1, 2).unflatten(2, grid)
+    loss = 0
+    for size in (1, 2, 4):
+        a = F.adaptive_avg_pool2d(student, size)  # [B,D,size,size]
+        b = F.adaptive_avg_pool2d(frozen, size)
+        loss = loss + F.smooth_l1_loss(a.sum(2), b.sum(2)) + F.smooth_l1_loss(a.sum(3), b.sum(3))
+    return loss

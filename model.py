@@ -18,12 +18,12 @@ import open_clip
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from torch.utils.checkpoint import checkpoint
 
 PROMPT = "A photo of a {} in the scene"  # CAT-Seg's
-PROMPT_START = 5  # tokens of it before the name: the start token, a, photo, of, a
+MAX_CLASSES = 256  # the head sees at most so many per image; the others get a logit of -100
 make_tokenizer = functools.cache(open_clip.tokenizer.SimpleTokenizer)
-MAX_CLASSES = 256  # of an image, that the head looks at; the logits of any further ones are -100
 TINY = dict(  # the toy world's CLIP: small enough to pre-train in a minute or two
     embed_dim=128,
     vision_cfg=dict(image_size=64, patch_size=8, width=128, layers=4, head_width=32,
@@ -31,10 +31,47 @@ TINY = dict(  # the toy world's CLIP: small enough to pre-train in a minute or t
     text_cfg=dict(context_length=20, width=128, layers=2, heads=4))
 
 
+def lowered(parameter, dtype):
+    """The parameter in this dtype. The cast of one that does not train is kept on it until it
+    changes; autocast would cast it at every use, and once more for the teacher that shares it."""
+    if parameter.dtype == dtype:
+        return parameter
+    if parameter.requires_grad or torch.compiler.is_compiling():
+        return parameter.to(dtype)
+    state = dtype, parameter.device, parameter._version, torch.is_inference_mode_enabled()
+    kept_state, cast = getattr(parameter, "lowered", (None, None))
+    if kept_state != state:
+        cast = parameter.to(dtype)
+        parameter.lowered = state, cast
+    return cast
+
+
+def linear(layer, x):
+    """layer(x) for a linear layer, in the dtype of x."""
+    return F.linear(x, lowered(layer.weight, x.dtype), lowered(layer.bias, x.dtype))
+
+
+def norm(layer, x):
+    """layer(x) for a LayerNorm or GroupNorm, in the dtype of x. Autocast would cast x to float32
+    and back, although the sums are in float32 either way."""
+    weight, bias = lowered(layer.weight, x.dtype), lowered(layer.bias, x.dtype)
+    with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+        if isinstance(layer, nn.GroupNorm):
+            return F.group_norm(x, layer.num_groups, weight, bias, layer.eps)
+        return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
+
+
+def recomputed(function, *inputs):
+    """function(*inputs), whose activations are not kept but computed again in the backward pass.
+    torch.compile chooses by itself what to keep."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 class Attention(nn.Module):
-    """nn.MultiheadAttention with its packed in_proj_weight split in three, so that q and v can
-    train while k does not. (Masking k's gradient would not do: weight decay would still change it.)
-    """
+    """nn.MultiheadAttention with in_proj_weight split in three, so that q and v train while k does
+    not. (With k's gradient masked instead, weight decay would still change it.)"""
 
     def __init__(self, packed):
         super().__init__()
@@ -46,61 +83,48 @@ class Attention(nn.Module):
         self.in_proj_bias = packed.in_proj_bias
         self.out_proj = packed.out_proj
 
-    def forward(self, x, before=None, causal=False):
-        """x [B,n,width] -> [B,n,width]. before [1,p,width]: tokens that precede those of every row
-        and are attended to as well. causal: a token attends to none that follows it."""
-        q_bias, k_bias, v_bias = self.in_proj_bias.chunk(3)
-        y = x if before is None else torch.cat([before.expand(len(x), -1, -1), x], 1)
-        q = self.split_heads(F.linear(x, self.q_proj_weight, q_bias))  # [B,heads,n,width/heads]
-        k = self.split_heads(F.linear(y, self.k_proj_weight, k_bias))  # [B,heads,p+n,width/heads]
-        v = self.split_heads(F.linear(y, self.v_proj_weight, v_bias))
-        mask = None
-        if causal:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device)
-            mask = mask.tril(k.shape[2] - q.shape[2])
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
-
-    def split_heads(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def forward(self, x, causal=False):
+        """x [B,n,width] -> [B,n,width]. causal: a token attends to none that follows it."""
+        packed = torch.cat([self.q_proj_weight, self.k_proj_weight, self.v_proj_weight])
+        qkv = F.linear(x, packed, lowered(self.in_proj_bias, x.dtype))  # [B,n,3*width]
+        qkv = qkv.unflatten(2, (3, self.heads, -1)).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in qkv)  # [B,heads,n,width/heads]
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return linear(self.out_proj, x.transpose(1, 2).flatten(2))
 
     def value(self, x):
-        """The value path alone, as if every token attended to itself: for the dense last block."""
-        v_bias = self.in_proj_bias.chunk(3)[2]
-        return self.out_proj(F.linear(x, self.v_proj_weight, v_bias))
+        """What forward gives if every token attends to itself alone."""
+        v_bias = lowered(self.in_proj_bias, x.dtype).chunk(3)[2]
+        return linear(self.out_proj, F.linear(x, self.v_proj_weight, v_bias))
 
 
-def mlp(up, activation, down, x):
-    """down(activation(up(x))). The activation is not kept for the backward pass but computed again,
-    which halves a block's memory for next to no work. (down's parameters are arguments so that
-    torch.func.functional_call can replace them.)"""
-    def rest(hidden, weight, bias):
-        return F.linear(activation(hidden), weight, bias)
+def mlp(layers, x):
+    """layers(x) for the MLP of one of CLIP's blocks; x [B,n,width]. QuickGELU, which is
+    h * sigmoid(1.702 h) = silu(1.702 h) / 1.702, leaves both factors to the matrix products."""
+    if not isinstance(layers.gelu, open_clip.transformer.QuickGELU):
+        return linear(layers.c_proj, layers.gelu(linear(layers.c_fc, x)))
+    up, up_bias = lowered(layers.c_fc.weight, x.dtype), lowered(layers.c_fc.bias, x.dtype)
+    down, down_bias = lowered(layers.c_proj.weight, x.dtype), lowered(layers.c_proj.bias, x.dtype)
+    h = torch.addmm(1.702 * up_bias, x.flatten(0, 1), up.T, alpha=1.702)
+    return torch.addmm(down_bias, F.silu(h), down.T, alpha=1 / 1.702).view_as(x)
 
-    if torch.compiler.is_compiling():  # which chooses by itself what to keep
-        return rest(up(x), down.weight, down.bias)
-    return checkpoint(rest, up(x), down.weight, down.bias, use_reentrant=False)
 
-
-def run_block(block, x, before=None, causal=False):
-    """One residual block of open_clip's transformer whose attention is ours; x [B,n,width], before
-    and causal as there."""
-    if before is not None:
-        before = block.ln_1(before)
-    x = x + block.ls_1(block.attn(block.ln_1(x), before, causal))
-    return x + block.ls_2(mlp(*block.mlp, block.ln_2(x)))
+def run_block(block, x, causal=False):
+    """One residual block of open_clip's transformer whose attention is ours; x [B,n,width]."""
+    x = x + block.ls_1(block.attn(norm(block.ln_1, x), causal))
+    return x + block.ls_2(mlp(block.mlp, norm(block.ln_2, x)))
 
 
 def run_dense_block(block, x, class_token_residual):
     """CLIP's last block read densely: no token looks at another. x [B,1+L,width] -> the same.
 
-    h = out_proj(v_proj(ln_1(x))) + x[:, :1], then h + mlp(ln_2(h)): as in CAT-Seg, the residual of
-    the class token is added at every position. class_token_residual=False: each position's own, for
-    a CLIP that pools by averaging, whose class token means nothing.
+    h = out_proj(v_proj(ln_1(x))) + x[:, :1], then h + mlp(ln_2(h)): the class token's residual at
+    every position, as in CAT-Seg. class_token_residual=False: each position's own, for a CLIP that
+    pools by averaging, whose class token means nothing.
     """
     residual = x[:, :1] if class_token_residual else x
-    x = residual + block.ls_1(block.attn.value(block.ln_1(x)))
-    return x + block.ls_2(mlp(*block.mlp, block.ln_2(x)))
+    x = residual + block.ls_1(block.attn.value(norm(block.ln_1, x)))
+    return x + block.ls_2(mlp(block.mlp, norm(block.ln_2, x)))
 
 
 class ImageEncoder(nn.Module):
@@ -110,12 +134,12 @@ class ImageEncoder(nn.Module):
     divide it (ViT-L/14@336 under CAT-Seg's 384 crops), images are resized to that of pre-training.
     """
 
-    def __init__(self, visual, image_size, class_token_residual):
+    def __init__(self, visual, image_size):
         super().__init__()
         for block in visual.transformer.resblocks:
             block.attn = Attention(block.attn)
         self.visual = visual
-        self.class_token_residual = class_token_residual
+        self.class_token_residual = visual.pool_type == "tok"
         patch_size = visual.patch_size[0]
         self.input_size = visual.image_size[0] if image_size % patch_size else image_size
         self.grid = self.input_size // patch_size
@@ -131,25 +155,17 @@ class ImageEncoder(nn.Module):
         x = visual.conv1(images).flatten(2).transpose(1, 2)  # [B,L,width]
         class_token = visual.class_embedding.expand(len(x), 1, -1).to(x)
         x = torch.cat([class_token, x], 1)  # [B,1+L,width]
-        x = visual.ln_pre(x + resize_positions(visual.positional_embedding, self.grid).to(x))
+        positions = resample_abs_pos_embed(visual.positional_embedding[None],
+                                           [self.grid, self.grid], antialias=False)
+        x = norm(visual.ln_pre, x + positions.to(x))
         middle = []
         for i, block in enumerate(blocks[:-1], start=1):
             x = run_block(block, x)
             if i in (len(blocks) // 3, 2 * len(blocks) // 3):
                 middle.append(x[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid)))
         x = run_dense_block(blocks[-1], x, self.class_token_residual)
-        patches = visual.ln_post(x[:, 1:]) @ visual.proj  # [B,L,D]
+        patches = norm(visual.ln_post, x[:, 1:]) @ lowered(visual.proj, x.dtype)  # [B,L,D]
         return patches, middle
-
-
-def resize_positions(embedding, grid):
-    """CLIP's positional embedding [1+n*n,width] -> [1+grid*grid,width], without antialiasing."""
-    side = math.isqrt(len(embedding) - 1)
-    if side == grid:
-        return embedding
-    square = embedding[1:].T.unflatten(1, (side, side))[None]  # [1,width,side,side]
-    square = F.interpolate(square.float(), (grid, grid), mode="bicubic")
-    return torch.cat([embedding[:1], square[0].flatten(1).T.to(embedding)])
 
 
 class TextEncoder(nn.Module):
@@ -166,35 +182,43 @@ class TextEncoder(nn.Module):
         self.text_projection = clip.text_projection
         self.context_length = clip.context_length
 
-    def forward(self, tokens, start=1):
-        """tokens [K,n] -> text embeddings [K,D], of unit length. Attention is causal: nothing after
-        the end token (the highest id) matters, so n need not be the full context; and where all
-        rows begin with the same tokens, these are computed once. start: their number, 1 for the
-        start token alone, PROMPT_START for prompts of `tokenize`.
-        (test_a_common_start_changes_nothing)"""
+    def forward(self, tokens):
+        """tokens [K,n] -> text embeddings [K,D], of unit length. Attention is causal, so nothing
+        after the end token (the highest id) matters and n need not be the full context."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
-        before, x = x[:1, :start], x[:, start:]  # [1,start,width], [K,n-start,width]
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in self.transformer.resblocks:
-            x = run_block(block, x, before, causal=True)
-            before = run_block(block, before, causal=True)  # as the next block needs it
-        x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1) - start]  # [K,width]
-        return F.normalize(self.ln_final(x) @ self.text_projection, dim=-1)
+            x = run_block(block, x, causal=True)
+        x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]  # [K,width]
+        return F.normalize(norm(self.ln_final, x) @ lowered(self.text_projection, x.dtype), dim=-1)
+
+
+def first_synonym(name):
+    return name.split(",")[0].strip()
 
 
 def tokenize(names, context_length=77, prompt=PROMPT):
     """K class names in a prompt -> tokens [K,n], n being the longest one's length. Of
     comma-separated synonyms the first counts."""
-    prompts = [prompt.format(name.split(",")[0].strip()) for name in names]
-    tokens = make_tokenizer(context_length=context_length)(prompts)
+    prompts = [prompt.format(first_synonym(name)) for name in names]
+    tokens = make_tokenizer()(prompts, context_length)
     longest = tokens.argmax(-1).max() + 1
     return tokens[:, :longest]
 
 
-def linear_split(linear, x, guidance):
-    """linear(cat([x, guidance], -1)) without the concatenation. x [B,K,...,C]; guidance has 1 in
-    place of the axes over which it is the same, and is projected once for all of these."""
-    of_x, of_guidance = linear.weight.split(x.shape[-1], 1)
-    return F.linear(x, of_x) + F.linear(guidance, of_guidance, linear.bias)
+def project(layer, x, guidance):
+    """q and k of cat([x, guidance], -1) and v of x, for an attention layer with linear q, k and v.
+
+    x [B,K,...,C]; guidance has size 1 on the axes along which it is constant; it is projected once
+    and broadcast. One product gives all three. Returns q, k, v, each [B,K,...,heads,C/heads].
+    """
+    C = x.shape[-1]
+    of_v = F.pad(layer.v.weight, (0, C))  # [C,2C]: v gives guidance the weight 0
+    of_x, of_guidance = torch.cat([layer.q.weight, layer.k.weight, of_v]).to(x.dtype).split(C, 1)
+    bias = torch.cat([layer.q.bias, layer.k.bias, layer.v.bias])
+    qkv = F.linear(x, of_x) + F.linear(guidance, of_guidance, bias)  # [B,K,...,3C]
+    return qkv.unflatten(-1, (3, layer.heads, -1)).unbind(-3)
 
 
 class SwinBlock(nn.Module):
@@ -213,26 +237,23 @@ class SwinBlock(nn.Module):
         self.proj = nn.Linear(C, C)
         self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
 
-    def forward(self, x, guidance):
-        """x [B,K,H,W,C], guidance [B,1,H,W,C] -> [B,K,H,W,C]."""
-        y = self.to_windows(self.norm1(x))
-        guidance = self.to_windows(guidance)
-        q = self.split_heads(linear_split(self.q, y, guidance))
-        k = self.split_heads(linear_split(self.k, y, guidance))
-        v = self.split_heads(self.v(y))  # [B*K*windows,heads,w*w,C/heads]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(x))
-        y = self.proj(y.transpose(1, 2).flatten(2))
+    def forward(self, x, guidance, mask):
+        """x [B,K,H,W,C], guidance [B,1,H,W,C], mask: `shifted_mask` -> [B,K,H,W,C]."""
+        y = self.to_windows(norm(self.norm1, x))
+        qkv = project(self, y, self.to_windows(guidance))  # each [B,K,windows,w*w,heads,C/heads]
+        q, k, v = (part.flatten(0, 2).transpose(1, 2) for part in qkv)
+        mask = mask.repeat(len(q) // len(mask), 1, 1)[:, None] if self.shift_size else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = self.proj(y.transpose(1, 2).flatten(2))  # [B*K*windows,w*w,C]
         x = x + self.from_windows(y, x.shape)
-        return x + mlp(*self.mlp, self.norm2(x))
+        return x + recomputed(self.mlp[1:], self.mlp[0](norm(self.norm2, x)))
 
     def to_windows(self, x):
         """[B,K,H,W,C] -> [B,K,windows,w*w,C], rolled by the shift."""
-        B, K, H, W, C = x.shape
-        w = self.window
         if self.shift_size:
             x = x.roll((-self.shift_size, -self.shift_size), (2, 3))
-        x = x.reshape(B, K, H // w, w, W // w, w, C).transpose(3, 4)
-        return x.reshape(B, K, -1, w * w, C)
+        x = x.unflatten(3, (-1, self.window)).unflatten(2, (-1, self.window))
+        return x.transpose(3, 4).flatten(4, 5).flatten(2, 3)
 
     def from_windows(self, x, shape):
         """The inverse of `to_windows`, for x of any shape; shape: (B, K, H, W, C)."""
@@ -243,21 +264,14 @@ class SwinBlock(nn.Module):
             x = x.roll((self.shift_size, self.shift_size), (2, 3))
         return x
 
-    def split_heads(self, x):
-        """[B,K,windows,w*w,C] -> [B*K*windows,heads,w*w,C/heads], a view."""
-        return x.flatten(0, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def mask(self, x):
-        """-100 between positions that only the roll made neighbours: [B*K*windows,1,w*w,w*w]."""
-        if not self.shift_size:
-            return None
-        B, K, H, W = x.shape[:4]
-        rows = (torch.arange(H, device=x.device) < self.shift_size).int()  # 1: rolled far away
-        columns = (torch.arange(W, device=x.device) < self.shift_size).int()
-        region = (2 * rows[:, None] + columns)[None, None, :, :, None]  # [1,1,H,W,1]
-        region = self.to_windows(region)[0, 0]  # [windows,w*w,1]
-        mask = -100.0 * (region != region.transpose(1, 2)).to(x.dtype)
-        return mask.repeat(B * K, 1, 1)[:, None]
+    def shifted_mask(self, x):
+        """-100 between positions that only the roll made neighbours: [windows,w*w,w*w], for
+        x [B,K,H,H,C]."""
+        far = torch.arange(x.shape[2], device=x.device) < self.shift_size  # [H], rolled far away
+        region = 2 * far[:, None] + far  # [H,H]
+        region = self.to_windows(region[None, None, :, :, None])[0, 0]  # [windows,w*w,1]
+        mask = -100.0 * (region != region.mT)
+        return mask.to(x.dtype)
 
 
 class SpatialAggregation(nn.Module):
@@ -268,11 +282,11 @@ class SpatialAggregation(nn.Module):
         self.guidance_norm = nn.LayerNorm(C)
         self.blocks = nn.ModuleList([SwinBlock(C, window, 0), SwinBlock(C, window, window // 2)])
 
-    def forward(self, x, guidance):
-        """x [B,K,H,W,C], guidance [B,1,H,W,C] -> [B,K,H,W,C]."""
-        guidance = self.guidance_norm(guidance)
+    def forward(self, x, guidance, mask):
+        """x [B,K,H,W,C], guidance [B,1,H,W,C], mask: the second block's -> [B,K,H,W,C]."""
+        guidance = norm(self.guidance_norm, guidance)
         for block in self.blocks:
-            x = block(x, guidance)
+            x = block(x, guidance, mask)
         return x
 
 
@@ -297,40 +311,34 @@ class ClassAggregation(nn.Module):
         y = x
         if self.training:
             y = y.reshape(B, K, H // 2, 2, W // 2, 2, C).mean((3, 5))  # [B,K,H/2,W/2,C]
-        y = y + self.attend(self.norm1(y), guidance)
-        y = y + mlp(*self.mlp, self.norm2(y))
+        y = y + self.attend(norm(self.norm1, y), guidance)
+        y = y + self.mlp(norm(self.norm2, y))
         if self.training:
             y = y.flatten(0, 1).permute(0, 3, 1, 2)  # [B*K,C,H/2,W/2]
-            y = F.interpolate(y, (H, W), mode="bilinear", align_corners=True)
+            with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):  # else in float32
+                y = F.interpolate(y, (H, W), mode="bilinear", align_corners=True)
             y = y.permute(0, 2, 3, 1).unflatten(0, (B, K))
         return x + y
 
     def attend(self, x, guidance):
         """q (k^T v) / (q (sum of k)) over the K classes of x [B,K,h,w,C], padded to 256, with
         q, k = elu(linear(cat([x, guidance], -1))) + 1 and v = linear(x). Returns [B,K,h,w,C]."""
-        q = self.feature_map(linear_split(self.q, x, guidance))  # [B,K,h,w,heads,C/heads]
-        k = self.feature_map(linear_split(self.k, x, guidance))
-        v = self.v(x).unflatten(-1, (self.heads, -1))
+        q, k, v = project(self, x, guidance)  # [B,K,h,w,heads,C/heads]
+        q, k = F.elu(q) + 1, F.elu(k) + 1
         length = max(x.shape[1], MAX_CLASSES)  # v is divided by it lest fp16 overflow
         kv = torch.einsum("bkxyhc,bkxyhd->bxyhcd", k, v / length)
         pad_kv, pad_k = self.padding(x.shape[1], length)
-        norm = torch.einsum("bkxyhc,bxyhc->bkxyh", q, k.sum(1) + pad_k) + 1e-6
+        total = (q * (k.sum(1) + pad_k)[:, None]).sum(-1) + 1e-6  # [B,K,h,w,heads], float32
         out = torch.einsum("bkxyhc,bxyhcd->bkxyhd", q, kv + pad_kv)
-        return (out / norm[..., None] * length).flatten(-2)
-
-    def feature_map(self, x):
-        return F.elu(x.unflatten(-1, (self.heads, -1))) + 1
+        return (out * (length / total)[..., None].to(x.dtype)).flatten(-2)
 
     def padding(self, K, length):
         """What padding adds to the sums of k^T v [heads,C/heads,C/heads] and of k [heads,C/heads].
-
         CAT-Seg appends 256 - K copies of a learned token to the class axis. As they are equal, the
-        sum over them is one outer product times their number.
-        """
+        sum over them is one outer product times their number."""
         copies = max(MAX_CLASSES - K, 0)
-        token = self.norm1(self.padding_token)
-        k = self.feature_map(linear_split(self.k, token, self.padding_guidance))
-        v = self.v(token).unflatten(-1, (self.heads, -1))
+        _, k, v = project(self, norm(self.norm1, self.padding_token), self.padding_guidance)
+        k = F.elu(k) + 1
         return copies * torch.einsum("hc,hd->hcd", k, v / length), copies * k
 
 
@@ -348,15 +356,15 @@ class Upsample(nn.Module):
 
     def forward(self, x, guidance):
         """x [B*K,c_in,h,w], guidance [B,c_guidance,2h,2w] -> [B*K,c_out,2h,2w]."""
-        x = F.relu(self.norm1(self.up_and_conv1(x, guidance)), inplace=True)
-        return F.relu(self.norm2(self.conv2(x)), inplace=True)
+        x = F.relu(norm(self.norm1, self.up_and_conv1(x, guidance)), inplace=True)
+        return F.relu(norm(self.norm2, self.conv2(x)), inplace=True)
 
     def up_and_conv1(self, x, guidance):
         """conv1(cat([up(x), guidance], 1)), with guidance repeated for each of the K classes.
 
-        conv1 is linear, and nothing stands between it and `up`: the part of x is one transposed
-        convolution with the product of both kernels. The part of guidance and of up's bias is the
-        same for all classes and computed once. (test_up_and_conv1_equals_the_two_convolutions)
+        Nothing stands between the two convolutions: the part of x is one transposed convolution
+        with the product of both kernels. The part of guidance and of up's bias is the same for all
+        classes and computed once. (test_up_and_conv1_equals_the_two_convolutions)
         """
         B = len(guidance)
         c = self.up.out_channels
@@ -371,17 +379,15 @@ class Head(nn.Module):
     """Cosines of patches and texts [B,K,H,W] to logits [B,K,4H,4W].
 
     D: width of the joint embedding; width: of the image encoder; grid: patches a side, an even
-    number; C: channels; layers: pairs of aggregations. What the project expects of a head:
-    `aggregate` and `decode`, which `Segmenter.compute_logits` calls; the bias of `logit`, on which
-    --prior is set (by default with the tiny CLIP); the attribute `recompute`, which train.py sets:
-    whether to forget the widest activations and compute them again in the backward pass. Parameters
-    with "norm" in their name get no weight decay. --compile of evaluate.py names the modules that
-    it compiles, and `support.weights.CAT_SEG_NAMES` CAT-Seg's tensors.
+    number; C: channels; prior: initial probability of each class (None: PyTorch's initialisation,
+    about 0.5); recompute: keep less for the backward pass and compute it again; layers: pairs of
+    aggregations. Another head needs `aggregate` and `decode`, and "norm" in the names of parameters
+    without weight decay.
     """
 
-    def __init__(self, D, width, grid, C=128, layers=2):
+    def __init__(self, D, width, grid, C=128, prior=None, recompute=False, layers=2):
         super().__init__()
-        self.recompute = False
+        self.recompute = recompute
         self.embed = nn.Conv2d(1, C, 7, padding=3)
         self.image_guidance = nn.Conv2d(D, C, 3, padding=1)
         self.text_guidance = nn.Linear(D, C)
@@ -394,20 +400,21 @@ class Head(nn.Module):
         self.decoder = nn.ModuleList([Upsample(C, C // 2, C // 4),
                                       Upsample(C // 2, C // 4, C // 8)])
         self.logit = nn.Conv2d(C // 4, 1, 3, padding=1)
+        if prior is not None:
+            nn.init.constant_(self.logit.bias, math.log(prior / (1 - prior)))
 
     def aggregate(self, cost, patches, text):
         """cost [B,K,H,W], patches [B,L,D], text [B,K,D] -> features [B,K,H,W,C]."""
         B, K, H, W = cost.shape
-        x = self.embed(cost.reshape(B * K, 1, H, W)).permute(0, 2, 3, 1).unflatten(0, (B, K))
+        x = self.embed(cost.reshape(B * K, 1, H, W)).permute(0, 2, 3, 1).contiguous()
+        x = x.unflatten(0, (B, K))  # [B,K,H,W,C]
         image = self.image_guidance(patches.transpose(1, 2).unflatten(2, (H, W))).relu()
         image = image.permute(0, 2, 3, 1)[:, None]  # [B,1,H,W,C]
         text = self.text_guidance(text).relu()[:, :, None, None]  # [B,K,1,1,C]
+        mask = self.spatial[0].blocks[1].shifted_mask(x)
         for spatial, classes in zip(self.spatial, self.classes):
-            x = self.per_class(spatial, x, image)
-            if self.recompute:
-                x = checkpoint(classes, x, text, use_reentrant=False)
-            else:
-                x = classes(x, text)
+            x = self.per_class(spatial, x, image, mask)
+            x = recomputed(classes, x, text) if self.recompute else classes(x, text)
         return x
 
     def decode(self, x, middle):
@@ -423,31 +430,32 @@ class Head(nn.Module):
             x = upsample(x, features)
         return self.logit(x).unflatten(0, (B, K)).squeeze(2)
 
-    def per_class(self, f, x, *guidance, chunk=16):
-        """f(x, *guidance), where f treats each class of x [B,K,...] by itself: in chunks of
-        classes, to bound memory, unless all activations are kept for a backward pass."""
-        if not torch.is_grad_enabled():
-            return torch.cat([f(some, *guidance) for some in x.split(chunk, 1)], 1)
-        if self.recompute:
-            return torch.cat([checkpoint(f, some, *guidance, use_reentrant=False)
-                              for some in x.split(chunk, 1)], 1)
-        return f(x, *guidance)
+    def per_class(self, function, x, *guidance, chunk=64):
+        """function(x, *guidance) for a function that treats each class of x [B,K,...] by itself. It
+        goes through the classes in chunks, to bound memory, unless all activations are kept."""
+        if torch.is_grad_enabled() and not self.recompute:
+            return function(x, *guidance)
+        parts = x.split(chunk, 1)
+        return torch.cat([recomputed(function, part, *guidance) for part in parts], 1)
 
 
 class Segmenter(nn.Module):
-    """CLIP's two encoders and the head. `config` is what `build` needs to make the same again."""
+    """CLIP's two encoders and the head. config: what `build` needs to make the same again."""
 
-    def __init__(self, clip, image_size, channels, config):
+    def __init__(self, clip, image_size, config, **head):
         super().__init__()
         visual = clip.visual
         self.config = config
         self.image_size = image_size
-        self.image_encoder = ImageEncoder(visual, image_size,
-                                          class_token_residual=visual.pool_type == "tok")
+        self.image_encoder = ImageEncoder(visual, image_size)
         self.text_encoder = TextEncoder(clip)
         self.logit_scale = clip.logit_scale
-        self.grid = (self.image_encoder.grid, self.image_encoder.grid)  # rows, columns of patches
-        self.head = Head(visual.output_dim, visual.conv1.out_channels, self.grid[0], channels)
+        side = self.image_encoder.grid
+        if side % 2 or image_size % side:
+            raise ValueError(f"an image size of {image_size} gives {side} x {side} patches; the "
+                             "head needs an even number that divides the size")
+        self.grid = (side, side)  # rows, columns of patches
+        self.head = Head(visual.output_dim, visual.conv1.out_channels, side, **head)
         self.set_trained("both")
 
     def tokenize(self, names, prompt=PROMPT):
@@ -455,18 +463,33 @@ class Segmenter(nn.Module):
         context = self.text_encoder.context_length
         return tokenize(names, context, prompt).to(self.logit_scale.device)
 
+    def ambiguous(self, names):
+        """A sentence on the first name that the text encoder reads only in part, or as it reads an
+        earlier one, so that one of the two can never be predicted; "" if there is none."""
+        context = self.text_encoder.context_length
+        first = {}
+        for name, tokens in zip(names, self.tokenize(names).tolist()):
+            words = PROMPT.format(first_synonym(name))
+            if len(make_tokenizer().encode(words)) + 2 > context:  # a start and an end token
+                return f"the name {name[:100]!r} is too long: {context} tokens are read of a prompt"
+            if tuple(tokens) in first:
+                return (f"the text encoder reads the names {first[tuple(tokens)]!r} and {name!r} "
+                        "alike, so one of them can never be predicted")
+            first[tuple(tokens)] = name
+        return ""
+
     def encode_image(self, images):
         """images [B,3,S,S] -> patches V [B,L,D], middle features for `Head.decode`."""
         return self.image_encoder(images)
 
-    def encode_text(self, tokens, start=1):
-        """tokens [K,n] -> T [K,D], of unit length. start: as in `TextEncoder`."""
-        return self.text_encoder(tokens, start)
+    def encode_text(self, tokens):
+        """tokens [K,n] -> T [K,D], of unit length."""
+        return self.text_encoder(tokens)
 
     def cost(self, patches, text):
-        """Cosines of every patch [B,L,D] with every class [K,D]: [B,K,H,W]."""
-        V, T = F.normalize(patches, dim=-1), F.normalize(text, dim=-1)
-        return torch.einsum("bld,kd->bkl", V, T).unflatten(2, self.grid)
+        """Cosines of every patch [B,L,D] with every class, text [K,D] of unit length: [B,K,H,W]."""
+        V = F.normalize(patches, dim=-1)
+        return torch.einsum("bld,kd->bkl", V, text).unflatten(2, self.grid)
 
     def compute_logits(self, patches, middle, text):
         """What follows the encoders: patches [B,L,D], middle features, text [K,D] -> logits
@@ -483,10 +506,10 @@ class Segmenter(nn.Module):
         all_logits = logits.new_full((*cost.shape[:2], *logits.shape[2:]), -100.0)
         return all_logits.index_put((image, kept), logits)
 
-    def forward(self, images, tokens, start=1):
+    def forward(self, images, tokens):
         """images [B,3,S,S], tokens [K,n] -> logits [B,K,4H,4W], patches [B,L,D], text [K,D]."""
         patches, middle = self.encode_image(images)
-        text = self.encode_text(tokens, start)
+        text = self.encode_text(tokens)
         return self.compute_logits(patches, middle, text), patches, text
 
     def set_trained(self, adapt):
@@ -504,20 +527,33 @@ class Segmenter(nn.Module):
         self.image_encoder.visual.transformer.resblocks[-1].attn.q_proj_weight.requires_grad = False
 
 
-def build(clip, image_size=384, channels=128, load_weights=None):
-    """A Segmenter over an open_clip model, with random weights unless load_weights fills them in.
-
-    clip: "tiny", or an open_clip ViT such as "ViT-B-16-quickgelu". image_size: side of the training
-    crops. channels: width of the head. load_weights: called with the open_clip.model.CLIP before
-    its attention is split. `support.weights.build` reads published files and refuses other CLIPs.
-    """
-    model = open_clip.model.CLIP(**clip_sizes(clip))
-    if load_weights is not None:
-        load_weights(model)
-    config = dict(clip=clip, image_size=image_size, channels=channels)
-    return Segmenter(model, image_size, channels, config)
-
-
 def clip_sizes(clip):
-    """A CLIP's arguments of open_clip.model.CLIP; None for a name that open_clip does not know."""
-    return TINY if clip == "tiny" else open_clip.get_model_config(clip)
+    """The arguments of open_clip.model.CLIP for "tiny" or the name of one of open_clip's CLIPs with
+    a plain ViT and CLIP's own text encoder. Raises ValueError for any other name."""
+    if clip == "tiny":
+        return TINY
+    if clip not in open_clip.list_models():
+        raise ValueError(f"open_clip has no model {clip!r} (open_clip.list_models() lists them)")
+    sizes = open_clip.get_model_config(clip)
+    text_keys = {"context_length", "vocab_size", "width", "heads", "layers"}
+    if (not isinstance(sizes["vision_cfg"].get("layers"), int)
+            or sizes["text_cfg"].keys() - text_keys
+            or sizes.keys() - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}):
+        raise ValueError(f"{clip} is no CLIP with a plain ViT and CLIP's own text encoder")
+    return sizes
+
+
+def build(clip, image_size=384, channels=128, network=None, **head):
+    """A Segmenter over a CLIP.
+
+    clip: "tiny", or a ViT of open_clip such as "ViT-B-16-quickgelu". image_size: side of the
+    training crops. channels: width of the head. network: an open_clip.model.CLIP of this name
+    (default: with random weights). head: further arguments of `Head`. Raises ValueError for another
+    kind of CLIP and for sizes that do not fit.
+    """
+    sizes = clip_sizes(clip)
+    if not 16 <= image_size <= 2048:
+        raise ValueError(f"the image size should lie within 16..2048, not {image_size}")
+    config = dict(clip=clip, image_size=image_size, channels=channels)
+    network = network or open_clip.model.CLIP(**sizes)
+    return Segmenter(network, image_size, config, C=channels, **head)

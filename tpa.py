@@ -22,22 +22,22 @@ def alignment_loss(patches, text, labels, scale):
     return loss, (labels != IGNORE).sum()
 
 
-def pre_align(model, tokens, batches, lr, device):
-    """Train the text encoder's q and v alone, one optimiser step per batch.
+def pre_align(model, tokens, batches, steps, lr):
+    """Train the text encoder's q and v projections alone, one optimiser step per batch.
 
-    batches: (images, pixel_labels, paths), this process's share of each step's batch; at least one.
-    The visual encoder is frozen and runs without a graph. AdamW in float32, without weight decay
-    and clipping; the learning rate falls linearly to 0. Returns the last loss.
+    tokens [K,n] of the training names. batches: `steps` times (images [B,3,S,S], pixel_labels
+    [B,S,S], paths) on the model's device, this process's share of each step's batch. The visual
+    encoder is frozen and runs without a graph. AdamW in float32, without weight decay and clipping;
+    the learning rate falls linearly to 0. Returns the last loss.
     """
     params = [p for p in model.text_encoder.parameters() if p.requires_grad]
     if not params:
         raise ValueError("TPA adapts the text encoder, and none of its parameters trains")
     optimiser = torch.optim.AdamW(params, lr, weight_decay=0.0)
-    steps = len(batches)
     for step, (images, pixel_labels, _) in enumerate(batches):
         with torch.no_grad():
-            patches, _ = model.encode_image(images.to(device))
-        labels = patch_labels(pixel_labels.to(device), model.grid)
+            patches, _ = model.encode_image(images)
+        labels = patch_labels(pixel_labels, model.grid)
         text = model.encode_text(tokens)
         loss, count = alignment_loss(patches, text, labels, model.logit_scale.exp().clamp(max=100))
         loss.backward()

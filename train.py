@@ -7,12 +7,15 @@
         train.py --dataset coco-stuff
     python train.py --dataset folder:PATH --steps 2000        your own images, masks, classes.txt
 
-An interrupted run goes on where it stopped when the same command is given again. Everything lands
-in --out, by default out/DATASET: log.jsonl (a line per logged step), last.pt (checkpoint),
+The same command resumes an interrupted run from its last checkpoint. Everything is written to
+--out, by default out/DATASET: log.jsonl (a line per logged step), last.pt (checkpoint),
 results.json, curves.png, examples.png.
 """
-import support.signals  # noqa: F401, first: it handles Ctrl-C during the slow imports
+import argparse
+import contextlib
+import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,131 +23,192 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import evaluate
 from ema import MomentumEncoder, frozen_copy
-from losses import (IGNORE, class_prototypes, class_reference_masks, contrast_mask, cpa_loss,
-                    patch_labels, reference_mask, segmentation_loss, spd_loss, total_loss)
-from model import PROMPT_START
-from sources import tiny_clip
-from study import progress
-from study.rivals import pooled_loss
-from support import checkpoints, runs, weights
-from support.command_line import parse_training
-from support.flags import (below_one, non_negative, non_negative_int, positive, positive_int,
-                           probability)
+from losses import (IGNORE, class_prototypes, class_reference_masks, contrast_mask,
+                    correctly_classified, cpa_loss, patch_labels, pooled_loss, segmentation_loss,
+                    spd_loss, total_loss)
+from model import build
+from support import accidents, checkpoint
+from support.files import UserError, number, write_json
 from tpa import pre_align
 
-# The paper gives no hyperparameters. "ours": chosen here, as is all that differs with the tiny CLIP
-# (on toy worlds, docs/results.md). For real CLIPs nobody has tuned ours yet.
-CAT_SEG, MAFT, OURS = "CAT-Seg's", "MAFT+'s", "ours"
-RECIPE = {
-    # flag: (default with a real CLIP, with --clip tiny, what it may be, whose default, help)
-    "steps": (80_000, 320, positive_int, CAT_SEG, "optimiser steps of joint training"),
-    "batch-size": (4, 4, positive_int, CAT_SEG, "images per step, all GPUs; at least one per pass"),
-    "lr": (2e-4, 2.5e-3, positive, CAT_SEG, "learning rate of the head"),
-    "clip-lr-factor": (0.01, 0.3, non_negative, CAT_SEG, "CLIP's learning rate divided by --lr"),
-    "weight-decay": (1e-4, 1e-4, non_negative, CAT_SEG, "of AdamW, 0 on norms"),
-    "clip-grad": (0.01, 0.1, positive, CAT_SEG, "largest norm of the gradient"),
-    "image-size": (384, 64, positive_int, CAT_SEG, "side of the training crops"),
-    "channels": (128, 32, positive_int, CAT_SEG, "width of the head"),
-    "prior": (0.0, 0.08, below_one, OURS, "initial probability of each class, 0: about 0.5"),
-    "jitter": (1.0, 0.2, non_negative, CAT_SEG, "strength of the colour jitter, 1 as in SSD"),
-    "lambda-spd": (1.0, 0.3, non_negative, OURS, "weight of SPD, Eq. (6)"),
-    "lambda-cpa": (1.0, 0.1, non_negative, OURS, "weight of CPA, Eq. (6)"),
-    "lambda-pooled": (0.1, 0.1, non_negative, MAFT, "weight of --distill pooled"),
-    "tau": (0.1, 0.1, positive, OURS, "temperature of CPA, Eq. (5)"),
-    "alpha": (0.99996, 0.99, probability, OURS, "of E^M: it forgets in 1 / (1 - alpha) steps"),
-    "tpa-steps": (200, 10, non_negative_int, OURS, "steps of TPA, 0 with none and pooled"),
-    "tpa-lr": (2e-6, 5e-4, positive, OURS, "learning rate of TPA"),
-    "log-every": (50, 10, positive_int, OURS, "steps between lines in log.jsonl"),
-    "eval-every": (10_000, 100, non_negative_int, OURS, "steps between evaluations, 0: at the end"),
-    "save-every": (1000, 100, non_negative_int, OURS, "steps between checkpoints, 0: as evaluated"),
-    "snapshot-every": (0, 0, non_negative_int, OURS, "steps between files of weights, 0: none"),
-}
+# The letter prints no hyperparameters. For a real CLIP, ours have not been tuned yet.
+RECIPE = dict(
+    # CAT-Seg's. weight_decay is 0 on norms, channels is the width of the head, jitter 1 is SSD's
+    steps=80_000, batch_size=4, lr=2e-4, clip_lr_factor=0.01, weight_decay=1e-4, clip_grad=0.01,
+    image_size=384, channels=128, prior=None, jitter=1.0,
+    # MAFT+'s
+    lambda_pooled=0.1,
+    # ours. alpha remembers about a third of the run
+    lambda_spd=1.0, lambda_cpa=1.0, tau=0.1, alpha=0.99996, tpa_steps=200, tpa_lr=2e-6,
+    log_every=50, eval_every=10_000, save_every=1000, snapshot_every=0)
+TOY = dict(  # with --clip tiny. All ours, chosen on toy worlds that no table of results shows
+    steps=320, lr=2.5e-3, clip_lr_factor=0.3, clip_grad=0.1, image_size=64, channels=32, prior=0.08,
+    jitter=0.2, lambda_pooled=0.03, lambda_spd=0.3, lambda_cpa=0.1, alpha=0.99, tpa_steps=10,
+    tpa_lr=5e-4, log_every=10, eval_every=160, save_every=80)
 
 
 def parse(argv=None):
-    """The flags: those of RECIPE, and others, which support/command_line.py lists."""
-    return parse_training(__doc__, RECIPE, data.NAMES, argv)
+    """The flags. What has no flag is set in RECIPE and TOY."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def setting(flag, kind, about):
+        """A flag whose default is in RECIPE, or in TOY with the tiny CLIP."""
+        name = flag[2:].replace("-", "_")
+        toy = f"; tiny CLIP {TOY[name]:g}" if name in TOY else ""
+        add(flag, type=kind, help=f"{about} (default {RECIPE[name]:g}{toy})")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", default="toy", help=f"{', '.join(data.NAMES)} (default toy)")
+    add("--data-root", help="folder of the datasets (default $RPMD_DATA, else "
+                            "$DETECTRON2_DATASETS, else ./datasets)")
+    add("--unseen", help="class names to hold out of training and to score apart, comma-separated")
+    add("--workers", type=number(int, 0), default=4 if cuda else 0,
+        help="loader processes (default 4 with a GPU, else 0)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--clip", help="tiny (default for toy), or a ViT of open_clip (default ViT-B-16-quickgelu)")
+    add("--pretrained", help="CLIP's weights: a tag of open_clip (default openai), a file, toy "
+                             "(default for toy) or none (default for other data with tiny)")
+    add("--init-cat-seg", metavar="FILE", help="start from a checkpoint that CAT-Seg published")
+    add("--adapt", default="both", choices=("both", "visual", "text", "none"),
+        help="encoders of CLIP that are trained (default both)")
+    setting("--image-size", number(int, 16, 2048), "side of the training crops")
+    add("--precision", choices=("fp32", "bf16", "fp16"), default="bf16" if bf16 else "fp32",
+        help="mixed precision (default bf16 on GPUs that have it, else fp32)")
+    add("--recompute-head", action="store_true", help="save memory: run the head twice")
+    add("--compile", action="store_true", help="torch.compile; the first step takes minutes")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--distill", default="rpmd", choices=("rpmd", "frozen", "pooled", "none"),
+        help="rpmd (default); frozen: RPMD whose teacher is the original CLIP; pooled: MAFT+'s "
+             "distillation; none: plain CAT-Seg")
+    setting("--lambda-spd", number(float, 0), "weight of SPD in Eq. (6)")
+    setting("--lambda-cpa", number(float, 0), "weight of CPA in Eq. (6)")
+    setting("--tau", number(float, 1e-6), "temperature of CPA, Eq. (5)")
+    setting("--alpha", number(float, 0, 1), "EMA decay; the memory is about 1/(1 - alpha) steps")
+    add("--spd-features", default="normalised", choices=("normalised", "raw"),
+        help="features that Eq. (2) compares: unit vectors (default), or raw as in the letter")
+    setting("--tpa-steps", number(int, 0), "steps of TPA, for RPMD with a text encoder that trains")
+    setting("--tpa-lr", number(float, 0), "learning rate of TPA")
+
+    add = parser.add_argument_group("schedule and run").add_argument
+    setting("--steps", number(int, 1), "optimiser steps of joint training")
+    setting("--batch-size", number(int, 1), "global batch size over all GPUs")
+    add("--accumulate", type=number(int, 1), default=1,
+        help="micro-batches per step; SPD and CPA are averaged within each (default 1)")
+    setting("--lr", number(float, 0), "learning rate of the head")
+    setting("--clip-lr-factor", number(float, 0), "CLIP's learning rate, as a multiple of --lr")
+    setting("--eval-every", number(int, 0), "steps between evaluations, 0: only at the end")
+    setting("--save-every", number(int, 0), "steps between checkpoints, 0: with each evaluation")
+    setting("--snapshot-every", number(int, 0), "steps between checkpoints that are kept, 0: none")
+    add("--seed", type=number(int, 0, 2**31 - 1), default=0,
+        help="seed of the head's first weights and of the data (default 0)")
+    add("--out", help="folder for everything that is written (default out/DATASET)")
+    add("--restart", action="store_true", help="overwrite the run in --out instead of resuming it")
+
+    parser.set_defaults(**RECIPE)
+    args = parser.parse_args(argv)
+    toy = args.dataset.startswith("toy")
+    parser.set_defaults(clip="tiny" if toy else "ViT-B-16-quickgelu", pretrained="openai")
+    if args.clip == "tiny" or toy and not args.clip:
+        parser.set_defaults(**TOY, pretrained="toy" if toy else "none")
+    if args.init_cat_seg:
+        parser.set_defaults(pretrained="none")
+    parts = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
+    name = args.dataset.removeprefix("folder:").replace("toy:", "toy-")
+    parser.set_defaults(batch_size=max(RECIPE["batch_size"], parts),
+                        out=str(Path("out", Path(name).expanduser().resolve().name)))
+    args = parser.parse_args(argv)
+    if args.batch_size % parts:
+        raise UserError(f"--batch-size {args.batch_size} does not divide among {parts} (processes "
+                        "times --accumulate)")
+    if args.distill not in ("rpmd", "frozen") or args.adapt not in ("both", "text"):
+        args.tpa_steps = 0
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", os.environ.get("SLURM_RESTART_COUNT"))
+    args.restart = args.restart and not int(restarts or 0)  # a scheduler repeats the command
+    return args
 
 
-def step_losses(model, momentum, images, pixel_labels, tokens, args):
-    """RPMD, top to bottom as in the paper's Figure 1, on one micro-batch.
-
-    model: Segmenter, or DDP around one. momentum: a MomentumEncoder; with an alpha of 1 this is
-    --distill frozen. tokens: of `Segmenter.tokenize`, with its usual prompt. Returns L_total, and
-    for `progress.log_step` its terms, weighed by process, and this process's numbers of patches.
-    """
-    with runs.autocast(images.device, args.precision):
-        # [B,K,4H,4W], V [B,L,D], T [K,D]; PROMPT_START saves work and changes nothing
-        logits, patches, text = model(images, tokens, PROMPT_START)
-        momentum_patches, _ = momentum(images)  # V^M [B,L,D]
-    logits, patches, text = logits.float(), patches.float(), text.float()
-    momentum_patches = momentum_patches.float()
-
-    labels = patch_labels(pixel_labels, unwrap(model).grid)  # G [B,L]
-    mask = reference_mask(momentum_patches, text, labels)  # Eq. (1)
-    normalise = args.spd_features == "normalised"
-    spd = spd_loss(patches, momentum_patches, mask, normalise)  # Eq. (2)
-    class_masks = class_reference_masks(mask, labels, len(text))  # Eq. (3)
-    prototypes, valid = class_prototypes(momentum_patches, class_masks)  # Eq. (4)
-    correct = reference_mask(patches, text, labels)
-    cpa = cpa_loss(patches, prototypes, valid, labels, correct, args.tau)  # Eq. (5)
-    seg = segmentation_loss(logits, pixel_labels, args.ignored)  # L_SEG
-
-    q = contrast_mask(valid, labels, correct)
-    counts = [counted_pixels(pixel_labels, args), mask.any(-1).sum(), q.any(-1).sum()]
-    seg, spd, cpa = weigh_by_process([seg, spd, cpa], counts)
-    loss = total_loss(seg, spd, cpa, args.lambda_spd, args.lambda_cpa)  # Eq. (6)
-    figures = dict(segmentation_loss=seg, spd_loss=spd, cpa_loss=cpa, total_loss=loss,
-                   reference_patches=mask.sum(), labelled_patches=(labels != IGNORE).sum(),
-                   contrast_patches=q.sum())
-    return loss, figures
-
-
-def rival_losses(model, original, images, pixel_labels, tokens, args):
-    """The same of what RPMD is compared with: plain CAT-Seg (--distill none, original None), and
-    MAFT+'s pooled distillation from the CLIP that training began with (pooled, original: a
-    MomentumEncoder whose alpha is 1). They have no reference patches: the patches logged as such
-    are those that the trained encoder predicts correctly."""
-    with runs.autocast(images.device, args.precision):
-        logits, patches, text = model(images, tokens, PROMPT_START)
-    patches = patches.float()
-    seg = segmentation_loss(logits.float(), pixel_labels, args.ignored)
-    [seg] = weigh_by_process([seg], [counted_pixels(pixel_labels, args)])
-    labels = patch_labels(pixel_labels, unwrap(model).grid)
-    correct = reference_mask(patches, text.float(), labels)
-    figures = dict(segmentation_loss=seg, total_loss=seg,
-                   reference_patches=correct.sum(), labelled_patches=(labels != IGNORE).sum())
-    if args.distill == "pooled":
-        with runs.autocast(images.device, args.precision):
-            original_patches, _ = original(images)
-        pooled = pooled_loss(patches, original_patches.float(), unwrap(model).grid)
-        figures["pooled_loss"] = pooled
-        figures["total_loss"] = seg + args.lambda_pooled * pooled
-    return figures["total_loss"], figures
+def autocast(device, precision):
+    """Mixed precision on a device; fp32 means none (on GPUs, products in TF32)."""
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def unwrap(model):
     return getattr(model, "module", model)
 
 
-def counted_pixels(pixel_labels, args):
-    """How many pixels L_SEG is a mean over."""
-    if args.ignored == "skip":
-        return (pixel_labels != IGNORE).sum()
-    return torch.full((), pixel_labels.numel(), device=pixel_labels.device)
+def step_losses(model, momentum, images, pixel_labels, tokens, args):
+    """RPMD, top to bottom as in the letter's Figure 1, on one micro-batch.
+
+    model: Segmenter, or DDP around one. momentum: MomentumEncoder. images [B,3,S,S] with CLIP's
+    mean and standard deviation, pixel_labels int64 [B,S,S], tokens [K,n] of `Segmenter.tokenize`.
+    Returns L_total and, for the log, a dict: its terms, weighed by process, and numbers of patches.
+    """
+    with autocast(images.device, args.precision):
+        logits, patches, text = model(images, tokens)  # [B,K,4H,4W], V [B,L,D], T [K,D]
+        momentum_patches, _ = momentum(images)  # V^M [B,L,D]
+    logits, patches, text = logits.float(), patches.float(), text.float()
+    momentum_patches = momentum_patches.float()
+
+    labels = patch_labels(pixel_labels, unwrap(model).grid)  # G [B,L]
+    reference = correctly_classified(momentum_patches, text, labels)  # Eq. (1)
+    normalise = args.spd_features == "normalised"
+    spd = spd_loss(patches, momentum_patches, reference, normalise)  # Eq. (2)
+    class_masks = class_reference_masks(reference, labels, len(text))  # Eq. (3)
+    prototypes, valid = class_prototypes(momentum_patches, class_masks)  # Eq. (4)
+    correct = correctly_classified(patches, text, labels)
+    q = contrast_mask(valid, labels, correct)
+    cpa = cpa_loss(patches, prototypes, valid, labels, q, args.tau)  # Eq. (5)
+    seg = segmentation_loss(logits, pixel_labels)  # L_SEG
+
+    spd, cpa = weigh_by_process([spd, cpa], [reference.any(-1).sum(), q.any(-1).sum()])
+    loss = total_loss(seg, spd, cpa, args.lambda_spd, args.lambda_cpa)  # Eq. (6)
+    figures = dict(segmentation_loss=seg, spd_loss=spd, cpa_loss=cpa, total_loss=loss,
+                   reference_patches=reference.sum(), labelled_patches=(labels != IGNORE).sum(),
+                   contrast_patches=q.sum())
+    return loss, figures
+
+
+def rival_losses(model, original, images, pixel_labels, tokens, args):
+    """The same for what RPMD is compared with: plain CAT-Seg (--distill none) and MAFT+'s pooled
+    distillation from the CLIP that training began with (pooled; original: a MomentumEncoder whose
+    alpha is 1). In place of reference patches, the student's correctly classified patches are
+    counted."""
+    with autocast(images.device, args.precision):
+        logits, patches, text = model(images, tokens)
+        original_patches, _ = original(images) if args.distill == "pooled" else (None, None)
+    patches = patches.float()
+    loss = segmentation_loss(logits.float(), pixel_labels)
+    figures = dict(segmentation_loss=loss)
+    if args.distill == "pooled":
+        pooled = pooled_loss(patches, original_patches.float(), unwrap(model).grid)
+        figures["pooled_loss"] = pooled
+        loss = loss + args.lambda_pooled * pooled
+    labels = patch_labels(pixel_labels, unwrap(model).grid)
+    correct = correctly_classified(patches, text.float(), labels)
+    figures |= dict(total_loss=loss, reference_patches=correct.sum(),
+                    labelled_patches=(labels != IGNORE).sum())
+    return loss, figures
 
 
 def weigh_by_process(losses, counts):
     """Scale each loss so that DDP's mean of gradients over processes is the gradient of the loss on
     the joined batch.
 
-    A loss is a mean over the process's own N items: pixels, images with a reference patch, images
-    whose Q is not empty. N differs between processes, so each mean is multiplied by its N over the
-    average N.
+    A loss is a mean over the process's own N images: those with a reference patch, those whose Q is
+    not empty. N differs between processes, so each mean is multiplied by its N over the average N.
+    (L_SEG is a mean over all pixels, whose number is the same everywhere.)
     """
     if not dist.is_initialized():
         return losses
@@ -155,80 +219,28 @@ def weigh_by_process(losses, counts):
     return [share * loss for share, loss in zip(shares, losses)]
 
 
-class Run:
-    """One training: its flags, processes, data and models, which the phases below share."""
-
-    def __init__(self, args):
-        self.args = args
-        self.interruption = runs.Interruption(at_once=True)
-        self.rank, self.world, self.device = runs.start_processes(args.timeout)
-        self.out = Path(args.out)
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.last = self.out / "last.pt"
-        self.log = runs.Log(self.out / "log.jsonl", self.rank)
-        self.step = 0
-        self.facts = {}  # scores and shares of reference patches from before joint training
-
-        self.train_set = data.open_dataset(args.dataset, args.data_root, "train", args.classes,
-                                           args.unseen)
-        self.val_set = data.open_dataset(args.dataset, args.data_root, "val", args.classes)
-        for split, dataset in (("training", self.train_set), ("validation", self.val_set)):
-            self.say(f"{args.dataset}: {len(dataset)} {split} images of {len(dataset.names)} "
-                     f"classes, from {dataset.source}")
-            if dataset.warning:
-                self.say(f"warning: {dataset.warning}")
-        self.crops = data.TrainingCrops(self.train_set, args.image_size, args.seed, args.jitter)
-
-        self.model = build_model(args, self.rank).to(self.device)
-        if args.compile:  # its forward(); evaluation calls the encoders and the head by themselves
-            runs.compile_forward(self.model)
-            self.say("--compile: the first step takes minutes, until the model is compiled")
-        self.tokens = self.model.tokenize(self.train_set.names)
-        self.keep_original()
-        self.momentum = None
-        if args.distill != "none":  # TPA leaves the visual encoder as it is: E^M can begin here
-            alpha = args.alpha if args.distill == "rpmd" else 1.0
-            self.momentum = MomentumEncoder(self.model.image_encoder, alpha)
-        self.optimiser = build_optimiser(self.model, args)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
-
-    def keep_original(self):
-        """Keep CLIP as training begins with it: its image encoder, its T, and what trains of it."""
-        self.original = frozen_copy(self.model.image_encoder)
-        with torch.no_grad():
-            self.original_text = self.model.encode_text(self.model.tokenize(self.val_set.names))
-        self.original_weights = {name: p.detach().clone()
-                                 for name, p in self.model.named_parameters()
-                                 if p.requires_grad and not name.startswith("head.")}
-
-    def say(self, text):
-        if self.rank == 0:
-            tqdm.write(text)
-
-    def batches(self, crops, size, start, stop):
-        """Batches number start..stop-1; of each, this process takes its `size` images."""
-        return data.batches(crops, size, start, stop, self.rank, self.world, self.args.workers)
-
-
 def build_model(args, rank):
-    """The segmenter at its start, with the CLIP that --pretrained names."""
-    pretrained = None if args.pretrained == "none" else args.pretrained
-    if pretrained in ("toy", "crops"):
-        pretrained = tiny_clip.prepare(args, rank)
-    torch.manual_seed(args.seed)  # the head's initial weights
-    model = weights.build(args.clip, pretrained, args.image_size, args.channels)
-    if args.prior:
-        nn.init.constant_(model.head.logit.bias, math.log(args.prior / (1 - args.prior)))
+    """The segmenter as training begins, with the CLIP that --pretrained names."""
+    torch.manual_seed(args.seed)  # the head's first weights
+    pretrained, network = args.pretrained, None
+    if pretrained == "toy":
+        from sources import tiny_clip
+        pretrained = tiny_clip.prepare(args.dataset, rank)
+    if pretrained != "none":
+        network = checkpoint.load_clip(args.clip, pretrained)
+    try:
+        model = build(args.clip, args.image_size, args.channels, network, prior=args.prior,
+                      recompute=args.recompute_head)
+    except ValueError as e:
+        raise UserError(f"--clip {args.clip} with --image-size {args.image_size}: {e}") from e
     if args.init_cat_seg:
-        state = weights.read_checkpoint(args.init_cat_seg)["model"]
-        weights.load_state(model, state, args.init_cat_seg)
+        checkpoint.load_weights(model, args.init_cat_seg)
     model.set_trained(args.adapt)
-    model.head.recompute = args.recompute_head
     return model
 
 
 def build_optimiser(model, args):
-    """AdamW: head at --lr, CLIP at --clip-lr-factor of it, no weight decay on norms."""
+    """AdamW: the head at --lr, CLIP at --clip-lr-factor of it, no weight decay on norms."""
     head = [p for name, p in model.head.named_parameters() if "norm" not in name]
     norms = [p for name, p in model.head.named_parameters() if "norm" in name]
     encoders = [*model.image_encoder.parameters(), *model.text_encoder.parameters()]
@@ -247,108 +259,247 @@ def set_learning_rate(optimiser, step, steps):
         group["lr"] = group["base_lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def start(run):
-    """Score the untrained CLIP; then text-to-patch pre-alignment."""
-    args, facts = run.args, run.facts
-    if not facts:
-        checkpoints.set_aside(run)
-        facts["zero_shot"], _ = progress.score(run, zero_shot=True)
-        facts["before_tpa"] = progress.measure(run)
-        with run.interruption.immediate(False):  # which would tear the file
-            checkpoints.save(run)  # lest an interrupted pre-alignment costs this too
-    if "after_tpa" in facts:
-        return
-    run.log.begin([])
-    if not args.tpa_steps:
-        return
-    warm_up = run.batches(run.crops, args.batch_size // run.world, 0, args.tpa_steps)
-    bar = tqdm(warm_up, "TPA", disable=run.rank > 0, leave=False)
-    with run.interruption.immediate(True):
-        facts["tpa_loss"] = pre_align(run.model, run.tokens, bar, args.tpa_lr, run.device)
-    facts["after_tpa"] = progress.measure(run)
-    run.log.append(step=0, tpa_loss=facts["tpa_loss"], before=facts["before_tpa"],
-                   after=facts["after_tpa"])
-    run.say(f"TPA: share of reference patches {facts['before_tpa']['reference_share']:.3f} "
-            f"-> {facts['after_tpa']['reference_share']:.3f}")
+def due(n, step):
+    """True if step is a multiple of n, and neither is 0."""
+    return n > 0 and step > 0 and step % n == 0
 
 
-def joint_training(run):
-    """The loop. Returns whether it was asked to stop."""
-    args, momentum, optimiser, scaler = run.args, run.momentum, run.optimiser, run.scaler
+def refuse_non_finite(figures, grad_norm, scaler, where):
+    """Under fp16 an infinite gradient is the scaler's to skip; an infinite loss is nobody's."""
+    sums = torch.stack(list(figures.values()))
+    if sums.isfinite().all() and (math.isfinite(grad_norm) or scaler.is_enabled()):
+        return
+    terms = [name for name, n in zip(figures, sums.tolist())
+             if not math.isfinite(n) and name != "total_loss"]
+    what = " and ".join(terms) or "the gradient, not the losses of this process,"
+    raise UserError(f"{what} became NaN or infinite at {where}")
+
+
+@torch.no_grad()
+def reference_statistics(model, momentum, original, tokens, batches):
+    """Reference patches, Eq. (1), over batches and all processes, as two lines of the log: the
+    share that the teacher (without one, the student) finds among the labelled patches; and how far
+    the student's features have drifted from the original CLIP's, 1 - cos, on those of the latter.
+    """
+    text, original_text = model.encode_text(tokens), original.encode_text(tokens)
+    sums = torch.zeros(4, dtype=torch.float64, device=text.device)
+    for images, pixel_labels, _ in batches:
+        labels = patch_labels(pixel_labels, model.grid)
+        patches, _ = model.encode_image(images)
+        original_patches, _ = original.encode_image(images)
+        momentum_patches = momentum(images)[0] if momentum else patches
+        found = correctly_classified(momentum_patches, text, labels)
+        reference = correctly_classified(original_patches, original_text, labels)
+        drift = 1 - F.cosine_similarity(patches, original_patches, dim=-1)[reference]
+        sums += torch.stack([found.sum(), (labels != IGNORE).sum(), drift.sum(), reference.sum()])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    found, labelled, drift, reference = sums.tolist()
+    return dict(reference_share_teacher=found / max(1, labelled),
+                drift=max(0.0, drift / max(1, reference)))
+
+
+def say(text):
+    """Print on process 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        tqdm.write(text)
+
+
+class Log(list):
+    """The lines of log.jsonl, which process 0 writes. Of a run resumed at `step` it keeps the lines
+    up to it, but for the step's evaluation, which comes again."""
+
+    def __init__(self, path, step):
+        self.path = path
+        if step is not None and path.is_file():
+            with contextlib.suppress(json.JSONDecodeError):  # a power cut left the last line cut
+                for text in path.read_text().splitlines():
+                    line = json.loads(text)
+                    if line["step"] < max(1, step) or line["step"] == step and "lr" in line:
+                        self.append(line)
+        self.write("w", self)
+
+    def add(self, **line):
+        self.append(line)
+        self.write("a", [line])
+
+    def write(self, mode, lines):
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            with self.path.open(mode) as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def log_step(log, step, figures, optimiser, accumulate, grad_norm, seconds):
+    """Add a step's line, over all processes: of figures called ..._loss the mean over processes
+    and micro-batches, of the others (numbers of patches) the sum. Returns what the bar shows."""
+    sums = torch.stack(list(figures.values()))
+    world = 1
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+        world = dist.get_world_size()
+    line = dict(zip(figures, sums.tolist()))
+    for name in figures:
+        if name.endswith("_loss"):
+            line[name] /= world * accumulate
+    line["reference_share"] = line.pop("reference_patches") / max(1, line.pop("labelled_patches"))
+    rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
+    log.add(step=step, **line, lr=rates["head"], lr_clip=rates.get("clip", 0.0),
+            grad_norm=grad_norm if math.isfinite(grad_norm) else None, seconds=round(seconds, 3),
+            gpu_memory_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2))
+    return {name: f"{line[name]:.3g}" for name in line if name.endswith(("_loss", "_share"))}
+
+
+def report(log, distill):
+    """The scores at the start and at the end, and what became of reference patches, as text."""
+    start = [line for line in log if line["step"] == 0]
+    scores = ["seen", "unseen", "harmonic"] if "seen" in log[-1] else ["mIoU_ground_truth"]
+    rows = [["per cent", *scores, "reference patches", "drift of these"]]
+    names = ["CLIP, zero-shot", "after TPA"][:len(start)] + [f"trained (--distill {distill})"]
+    for name, line in zip(names, [*start, log[-1]]):
+        shown = [line.get(score, "-") for score in scores]
+        rows.append([name, *shown, 100 * line["reference_share_teacher"], 100 * line["drift"]])
+    return evaluate.format_table(rows)
+
+
+def main(args):
+    """The whole job. Returns the exit status: 0, or 130 when it was asked to stop."""
+    # processes
+    rank, world, device = accidents.start_processes()
+    accidents.agree(json.dumps(vars(args)), "the flags")
+    out = Path(args.out)
+    last = out / "last.pt"
+
+    # data
+    train_set = data.open_dataset(args.dataset, args.data_root, "train", unseen=args.unseen)
+    val_set = data.open_dataset(args.dataset, args.data_root, "val")
+    accidents.agree(train_set.fingerprint + val_set.fingerprint, "the images or the class names")
+    for split, dataset in (("training", train_set), ("validation", val_set)):
+        say(f"{split}: {len(dataset)} images of {len(dataset.names)} classes, {dataset.source}")
+        if dataset.warning:
+            say(f"warning: {dataset.warning}")
+    crops = data.TrainingCrops(train_set, args.image_size, args.seed, args.jitter)
+    size = args.batch_size // world  # images of a step that are this process's
+
+    def batches(size, start, stop):
+        """This process's `size` images of each of the batches start..stop-1, on its device."""
+        loader = data.batches(crops, size, start, stop, rank, world, args.workers)
+        for images, pixel_labels, paths in loader:
+            images = data.normalise(images.to(device, non_blocking=True))
+            yield images, pixel_labels.to(device, non_blocking=True).long(), paths
+
+    # student, teacher, optimiser
+    model = build_model(args, rank).to(device)
+    evaluate.check_names(model, train_set.names, train_set.own_words)
+    tokens = model.tokenize(train_set.names)
+    original = frozen_copy(model)  # CLIP as training begins
+    momentum = None
+    if args.distill != "none":  # TPA leaves the visual encoder as it is: E^M can begin here
+        alpha = args.alpha if args.distill == "rpmd" else 1.0
+        momentum = MomentumEncoder(model.image_encoder, alpha)
+    optimiser = build_optimiser(model, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+
+    # resume
+    run = dict(model=model, original=original, momentum=momentum, optimiser=optimiser,
+               scaler=scaler, args=vars(args), names=train_set.names, data=train_set.fingerprint)
+    step = None if args.restart else checkpoint.resume(last, **run)
+    log = Log(out / "log.jsonl", step)
+
+    def score(model, zero_shot=False):
+        """Scores on the validation images, in per cent."""
+        sliding = evaluate.is_sliding(None, args.dataset)
+        confusion = evaluate.evaluate(model, val_set, sliding, zero_shot, rank, world)
+        return evaluate.summary(confusion, val_set.evaluated, train_set.names)
+
+    def measure():
+        """Reference patches in about 32 training crops."""
+        some = batches(size, 0, max(1, 32 // args.batch_size))
+        return reference_statistics(model, momentum, original, tokens, some)
+
+    # text-to-patch pre-alignment
+    if step is None:
+        step = 0
+        labels = torch.stack([crops[draw][1] for draw in range(32)]).long()
+        doubt = data.first_look(train_set, data.count_labels(labels, len(train_set.names)),
+                                (patch_labels(labels, model.grid) != IGNORE).sum())
+        if doubt:
+            say(f"warning: {doubt}")
+        log.add(step=0, **score(original, zero_shot=True), **measure())
+        if args.tpa_steps:
+            warm_up = tqdm(batches(size, 0, args.tpa_steps), "TPA", args.tpa_steps,
+                           disable=rank > 0, leave=False)
+            loss = pre_align(model, tokens, warm_up, args.tpa_steps, args.tpa_lr)
+            log.add(step=0, tpa_loss=loss, **measure())
+        checkpoint.save(last, step=0, **run)
+    elif due(args.eval_every, step) and step < args.steps:  # the run may have ended in it
+        log.add(step=step, **score(model), **measure())
+
+    # joint training
     losses_of = step_losses if args.distill in ("rpmd", "frozen") else rival_losses
-    model = run.model
-    if run.world > 1:
-        model = nn.parallel.DistributedDataParallel(model)
+    network = model
+    if world > 1:
+        network = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if args.compile:
+        model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]
     parts = args.accumulate  # micro-batches of a step
-    size = args.batch_size // run.world // parts  # images of a micro-batch
-    batches = iter(run.batches(run.crops, size, run.step * parts, args.steps * parts))
-    bar = tqdm(range(run.step + 1, args.steps + 1), desc="training", total=args.steps,
-               initial=run.step, disable=run.rank > 0)
+    micro_batches = batches(size // parts, step * parts, args.steps * parts)
+    bar = tqdm(range(step + 1, args.steps + 1), "training", args.steps, initial=step,
+               disable=rank > 0)
+    accidents.defer_signals()
     for step in bar:
-        run.step = step
         begin = time.time()
         model.train()  # evaluation has switched it
         set_learning_rate(optimiser, step - 1, args.steps)
         figures, paths = {}, []
         for part in range(1, parts + 1):
-            images, pixel_labels, files = next(batches)
-            images = images.to(run.device, non_blocking=True)
-            pixel_labels = pixel_labels.to(run.device, non_blocking=True)
-            if run.world > 1:  # DDP reads it in forward: sum gradients after the last part alone
-                model.require_backward_grad_sync = part == parts
-            loss, found = losses_of(model, momentum, images, pixel_labels, run.tokens, args)
+            images, pixel_labels, files = next(micro_batches)
+            if world > 1:  # DDP reads it in forward: sum gradients after the last part alone
+                network.require_backward_grad_sync = part == parts
+            loss, terms = losses_of(network, momentum, images, pixel_labels, tokens, args)
             scaler.scale(loss / parts).backward()
-            for name, value in found.items():
+            for name, value in terms.items():
                 figures[name] = figures.get(name, 0) + value.detach().double()
             paths += files
         scaler.unscale_(optimiser)
         grad_norm = nn.utils.clip_grad_norm_(trained, args.clip_grad).item()
-        runs.refuse_non_finite(run, figures, grad_norm, paths)
+        refuse_non_finite(figures, grad_norm, scaler, f"step {step}; images {', '.join(paths)}")
         scaler.step(optimiser)  # under fp16 it skips the step if a gradient is not finite
         scaler.update()
         optimiser.zero_grad()
         if momentum and math.isfinite(grad_norm):  # else there was no step to follow
             momentum.update()  # E^M = alpha E^M + (1 - alpha) E
 
-        if runs.due(args.log_every, step) or step == args.steps:
-            bar.set_postfix(progress.log_step(run, figures, grad_norm, time.time() - begin))
-        stop = runs.anyone(run.interruption.asked)  # Ctrl-C or SIGTERM, in any process
-        if stop or checkpoints.is_due(run):
-            checkpoints.save(run)
+        if due(args.log_every, step) or step == args.steps:
+            seconds = time.time() - begin
+            bar.set_postfix(log_step(log, step, figures, optimiser, parts, grad_norm, seconds))
+        stop = accidents.anyone_asked_to_stop()
+        evaluation_due = due(args.eval_every, step) or step == args.steps
+        if stop or evaluation_due or due(args.save_every, step):
+            checkpoint.save(last, step=step, **run)
+        if due(args.snapshot_every, step):
+            checkpoint.save(out / f"step-{step:06d}.pt", step=step, **run)
         if stop:
-            return True
-        progress.evaluate_if_due(run)
-    return False
+            say(f"stopped after step {step} as asked; the same command resumes from {last}")
+            return 130
+        if evaluation_due and step < args.steps:
+            log.add(step=step, **score(model), **measure())
 
-
-def train(args):
-    """The whole job. Returns the exit status: 0, or 130 when it was asked to stop."""
-    run = Run(args)
-    checkpoints.resume(run)
-    checkpoints.check_space(run)
-    if not run.step:
-        start(run)
-    with run.interruption.immediate(False):  # from here on, Ctrl-C waits for the end of a step
-        checkpoints.save(run)
-        progress.evaluate_if_due(run)  # if the run was interrupted in the middle of one
-        stopped = joint_training(run)
-    if stopped:
-        run.say(f"stopped after step {run.step} as asked; the same command goes on from {run.last}"
-                ", unless it says --restart")
-        return 130
-    with run.interruption.immediate(True):
-        progress.finish(run)
+    log.add(step=step, **score(model), **measure())
+    if rank == 0:
+        write_json(dict(args=vars(args), start=log[0], trained=log[-1]), out / "results.json")
+        say(report(log, args.distill))
+        from support import pictures  # with matplotlib, which takes a while
+        pictures.curves(log, out / "curves.png")
+        unseen = [name for name in val_set.evaluated if name not in train_set.names]
+        evaluate.examples(out / "examples.png", model, original, momentum, val_set, unseen)
+        say(f"written to {out}: examples.png, curves.png, results.json, log.jsonl, last.pt")
     return 0
 
 
-def main():
-    with runs.one_sentence_for_errors():
-        args = parse()
-        with runs.only_run_in(Path(args.out)):
-            status = train(args)
-    sys.exit(status)
-
-
 if __name__ == "__main__":
-    main()
+    with accidents.door():
+        arguments = parse()
+        accidents.lock_folder(Path(arguments.out))
+        status = main(arguments)
+    sys.exit(status)

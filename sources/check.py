@@ -1,88 +1,73 @@
-"""Read whole datasets, to find what is wrong before a long run does: exit status 0 if nothing is.
+"""Check datasets before training: python -m sources.check NAME ... --data-root DIR
 
-    python -m sources.check ade20k-150 --data-root DIR
-
-prints counts, shares of the classes, and files that are broken or don't match, and writes a report
-and a picture of four samples.
-"""
+reads every file. It prints what is broken, or the share of each class and what is doubtful, and
+draws four samples into out/check. The first dataset that can't be used ends it, with status 1."""
 import argparse
 import functools
 import os
-import sys
+import re
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from sources.registry import BENCHMARKS, NAMES, open_dataset
-from support import pictures, runs
-from support.errors import UserError
-from support.flags import non_negative_int
+import data
+from sources import readers
+from support.accidents import door
+from support.files import UserError, number
 
 
 def inspect(dataset, i):
-    """Read one item: (pixels of each label, and of IGNORE at the end; what is wrong with it)."""
-    count = len(dataset.evaluated) + 1
+    """Item i: (pixels of each class and of IGNORE, its mask's palette), or the error it raises."""
     try:
-        return np.bincount(dataset.load(i)[1].ravel() % count, minlength=count), ""  # -1 is last
+        counts, palette = data.count_labels(dataset.load(i)[1], len(dataset.evaluated)), {}
+        if hasattr(dataset, "pairs") and dataset.layout.read is readers.read_mask:
+            palette = readers.read_palette(dataset.pairs[i][1])
+        return counts, palette
     except UserError as e:
-        return np.zeros(count, int), str(e)
+        return e
 
 
-def check(name, split, args):
-    """Read a split, print and write what is in it and what is wrong. Returns if it can be used."""
-    dataset = open_dataset(name, args.data_root, split, args.classes)
-    print(f"{name}, {split}: {len(dataset)} images from {dataset.source}")
-    count = min(args.sample or len(dataset), len(dataset))
-    indices = np.linspace(0, len(dataset) - 1, count).astype(int).tolist()
-    loader = torch.utils.data.DataLoader(indices, None, num_workers=args.workers,
+def check(dataset, title, workers):
+    """Read a dataset and print what is in it. Raises UserError if it can't be used as it is."""
+    print(f"{title}: {len(dataset)} images from {dataset.source}")
+    loader = torch.utils.data.DataLoader(range(len(dataset)), None, num_workers=workers,
                                          collate_fn=functools.partial(inspect, dataset))
-    counts, errors = zip(*tqdm(loader, "reading", leave=False))
-    wrong = [error for error in errors if error]
-    good = [i for i, error in zip(indices, errors) if not error]
-    percent = 100 * sum(counts) / max(1, np.sum(counts))
-    share = dict(zip([*dataset.evaluated, "(ignored)"], percent.tolist()))
-    for found in sorted(share, key=share.get, reverse=True)[:15]:
-        print(f"{share[found]:7.2f} % of the pixels  {found}")
-    absent = [found for found in share if share[found] == 0]
-    print(f"{len(absent)} of {len(share)} occur in none of {len(good)} masks: "
-          f"{', '.join(absent[:20]) or '-'}")
-    out = Path(args.out, f"{name}-{split}".replace("/", "_").replace(":", "-"))
-    report = dict(dataset=name, split=split, source=dataset.source, images=len(dataset),
-                  read=len(indices), wrong=wrong, warning=dataset.warning, percent_of_pixels=share)
-    runs.write_json(report, out / "report.json")
-    if good:
-        some = good[::max(1, len(good) // 4)][:4]
-        pictures.samples(dataset, some).save(out / "samples.png")
-    if dataset.warning:
-        print(f"warning: {dataset.warning}")
-    verdict = "not usable as it is" if wrong else "usable"
-    print(*wrong, f"{verdict}; see {out}/report.json and samples.png", sep="\n")
-    return not wrong
+    items = list(tqdm(data.in_loaders(loader), "reading", len(dataset), leave=False))
+    wrong = [item for item in items if isinstance(item, UserError)]
+    if wrong:
+        print(*wrong, sep="\n")
+        raise UserError(f"{title}: {len(wrong)} of {len(items)} items are broken")
+    counts, palettes = zip(*items)
+    shares = 100 * sum(counts) / sum(counts).sum()
+    for share, name in sorted(zip(shares, [*dataset.evaluated, "(ignored)"]), reverse=True):
+        print(f"{share:7.2f} % of the pixels  {name}")
+    doubts = [dataset.warning, data.first_look(dataset, sum(counts))]
+    colours = {entry for palette in palettes for entry in palette.items()}
+    if len(colours) > len(dict(colours)):
+        doubts.append("palettes differ: does an index mean the same class in all of the masks?")
+    for doubt in filter(None, doubts):
+        print(f"warning: {doubt}")
+    from support import pictures
+    path = Path("out/check", re.sub("[/:]", "-", title)[-100:] + ".png")
+    pictures.samples(path, dataset, range(0, len(dataset), max(1, len(dataset) // 4))[:4])
+    print(f"{title}: usable; four samples: {path}")
 
 
 def main():
-    p = argparse.ArgumentParser("python -m sources.check", description=__doc__.splitlines()[0])
-    add = p.add_argument
-    add("names", nargs="+", metavar="NAME", help=", ".join(NAMES))
-    add("--data-root", help="their folder (else $RPMD_DATA, $DETECTRON2_DATASETS or ./datasets)")
-    add("--split", choices=("train", "val"), help="default: both")
-    add("--classes", help="other names: a file, or comma-separated")
-    add("--sample", type=non_negative_int, default=0, help="so many images, evenly spread (all)")
-    add("--workers", type=non_negative_int, default=os.cpu_count(), help="processes (one per core)")
-    add("--out", default="out/check", help="for the report and the picture (default: out/check)")
-    args, usable = p.parse_args(), True
+    p = argparse.ArgumentParser("python -m sources.check", description="Check datasets.")
+    p.add_argument("names", nargs="+", metavar="NAME", help=", ".join(data.NAMES))
+    p.add_argument("--data-root", help="the benchmarks' folder (or $RPMD_DATA)")
+    p.add_argument("--split", choices=("train", "val"), help="default: both")
+    p.add_argument("--workers", type=number(int, 0), default=os.cpu_count(), help="processes")
+    args = p.parse_args()
     for name in args.names:
-        has = BENCHMARKS[name].expected if name in BENCHMARKS else ("train", "val")
-        for split in [args.split] if args.split else has:
-            try:
-                usable &= check(name, split, args)
-            except (UserError, OSError) as e:
-                print(f"{name}, {split}: not usable: {e}")
-                usable = False
-    sys.exit(not usable)
+        splits = ["val"] if name == "voc-20b" else ["train", "val"]
+        for split in [args.split] if args.split else splits:
+            dataset = data.open_dataset(name, args.data_root, split)
+            check(dataset, f"{name} {split}", args.workers)
 
 
 if __name__ == "__main__":
-    main()
+    with door():
+        main()

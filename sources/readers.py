@@ -1,7 +1,7 @@
-"""Files of pictures and masks -> pixels. What the values of a mask mean, benchmarks.py knows.
+"""Files of pictures and masks -> pixels. benchmarks.py knows what the values of a mask mean.
 
-Whatever is wrong with a file raises UserError, one sentence that names the path. Readers of masks
-return raw values [H,W], or whatever else is in the file, for `Files.load` to refuse.
+A broken file raises UserError. Readers of masks return the raw values [H,W], or whatever else the
+file holds, which `Files.load` then refuses.
 """
 import json
 import struct
@@ -9,63 +9,81 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+from PIL.Image import Transpose as Turn
 
-from support.errors import reading
+from support.files import reading
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MASK_TYPES = (".png", ".tif", ".tiff", ".mat")
-MOST = 200_000_000  # pixels, and bytes that a file may unpack to: broken ones claim any number
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # never PostScript, whatever the name says
+TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
+         6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}  # of EXIF's orientations
+GRAY_STEPS = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies gray values of 2 and 4 bits
 MAT_NAME = b"\1\0\0\0\x08\0\0\0LabelMap"  # type, size, text
 MAT_TYPES = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4"}
 
 
-def read_image(path):
-    """A picture file -> PIL image, as `upright_rgb` makes it."""
-    with reading(path, "an image"):
-        return upright_rgb(Image.open(path))
+def upright(image):
+    """A picture file or a PIL image -> PIL image, turned as its EXIF orientation says, and its raw
+    mode: how the file stores values, in Pillow's words, such as "L;4" for gray of 4 bits."""
+    if not isinstance(image, Image.Image):
+        image = Image.open(image, formats=FORMATS)
+    raw_mode = str(image.tile[0][-1]) if getattr(image, "tile", None) else ""
+    image.load()
+    turn = TURNS.get(image.getexif().get(0x0112))
+    return image if turn is None else image.transpose(turn), raw_mode
 
 
-def as_image(image):
-    """A path, a PIL image, or a uint8 array [H,W,3] or [H,W] -> what `upright_rgb` gives."""
-    if isinstance(image, (str, Path)):
-        return read_image(image)
-    with reading(f"the {type(image).__name__}", "an image: a path, a PIL image or a uint8 array"):
-        if not isinstance(image, Image.Image):
+def read_image(image):
+    """A path, a PIL image, or a uint8 array [H,W,3] or [H,W] -> upright RGB PIL image. 16 bits are
+    scaled to 8, and refused when the values do not fill them: the image would become black."""
+    where = image if isinstance(image, (str, Path)) else f"the {type(image).__name__}"
+    with reading(where, "an image"):
+        if isinstance(image, np.ndarray):
             image = Image.fromarray(image.astype(np.uint8, casting="no"))
-        return upright_rgb(image)
+        image, raw_mode = upright(image)
+        if image.mode[0] in "IF":  # integers or floats, which Pillow would clip at 255
+            values = np.asarray(image)
+        elif ";16" in raw_mode:  # Pillow has kept the upper 8 bits
+            values = 256 * np.asarray(image.convert("RGB"), int) + 255
+        else:
+            return image.convert("RGB")
+        low, high = values.min(), values.max()
+        if not (0 <= low and 2 ** 14 <= high < 2 ** 16):
+            raise ValueError(f"more than 8 bits should fill 0..65535, and lie in {low}..{high}")
+        return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
 
 
-def upright_rgb(image):
-    """A PIL image of any mode -> RGB, turned upright as its EXIF data says, 16 bits scaled to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # which PIL would clip
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    return image.convert("RGB")
+as_image = read_image
 
 
 def read_mask(path):
-    """A picture of one channel; of a palette its indices, never its colours."""
+    """A picture of one channel -> its values; of a palette the indices, never the colours."""
     with reading(path, "a mask"):
-        return np.asarray(Image.open(path))
+        image, raw_mode = upright(path)
+        return np.asarray(image) // GRAY_STEPS.get(raw_mode[:3], 1)
+
+
+def read_palette(path):
+    """A mask -> {index: (red, green, blue)} of the indices that it uses; {} without a palette."""
+    image, _ = upright(path)
+    colours = image.getpalette()
+    used = image.getcolors() if image.mode == "P" else []
+    return {i: tuple(colours[3 * i:3 * i + 3]) for _, i in used}
 
 
 def read_ade_colours(path):
     """ADE20K's *_seg.png: red and green hold the id of the object's class."""
     with reading(path, "an ADE20K mask"):
-        picture = Image.open(path)
-        if picture.mode != "RGB":
-            raise ValueError(f"it should be RGB and is {picture.mode}")
-        red, green, _ = np.moveaxis(np.asarray(picture, np.uint16), -1, 0)
+        red, green, _ = np.moveaxis(np.asarray(upright(path)[0], np.uint16), -1, 0)
         return red // 10 * 256 + green
 
 
 def read_label_map(path):
     """PASCAL-Context's .mat files: the array LabelMap, in at least 16 bits.
 
-    By hand, because scipy's loadmat believes what a broken file says, and crashes with it. MATLAB 5
-    writes a header of 128 bytes, then arrays: type and size in 32 bits each, and their content.
-    """
+    MATLAB 5 writes a header of 128 bytes, then arrays: type and size in 32 bits each, content."""
     with reading(path, "a LabelMap"):
         content, at = memoryview(path.read_bytes()), 128
         while at < len(content):
@@ -73,7 +91,7 @@ def read_label_map(path):
             array = content[at + 8:at + 8 + size]
             at += 8 + size
             if kind == 15:  # compressed, with its type and size
-                array = memoryview(zlib.decompressobj().decompress(array, MOST))[8:]
+                array = memoryview(zlib.decompressobj().decompress(array))[8:]
             if array[32:48] == MAT_NAME:  # after 16 bytes of flags and 16 of sides; then values
                 sides = np.frombuffer(array[24:32], "<i4")
                 kind, small = struct.unpack_from("<HH", array, 48)
@@ -89,15 +107,11 @@ class RunLengths(str):
 
 
 def read_painted(image):
-    """RunLengths -> category ids, later masks over earlier ones, 0 where there is none."""
+    """RunLengths -> category ids [H,W], later masks over earlier ones, 0 where there is none."""
     with reading(image, "run-length masks"):
         from pycocotools.mask import decode, frPyObjects
-        if not 0 < image.size[0] * image.size[1] < MOST:  # the decoder does not ask
-            raise ValueError(f"sides of {image.size}")
         canvas = np.zeros(image.size, np.uint16)
         for category, runs in image.masks:
-            if tuple(runs["size"]) != image.size:
-                raise ValueError(f"a mask of {runs['size']} in an image of {list(image.size)}")
             if isinstance(runs["counts"], list):
                 runs = frPyObjects(runs, *image.size)
             canvas[decode(runs) > 0] = category
@@ -119,13 +133,16 @@ def read_detail(path):
 
 
 def read_list(path, split, masks):
-    """The stems of a split: the first word of each line, or of the JSON the images of that phase.
-    PASCAL-Context lacks a few of those in ImageSets/Main."""
-    if path.suffix == ".json":
-        read = any(isinstance(mask, RunLengths) for mask in masks.values())
-        details = masks if read else read_detail(path)
-        return [stem for stem, image in details.items() if image.phase == split]
-    with reading(path, "a list of images"):
-        lines = path.read_text().splitlines()
-        stems = [Path(line.split()[0]).stem for line in lines if line.strip()]
-    return [stem for stem in stems if stem in masks or path.parent.name != "Main"]
+    """The stems of a split: the lines of a file, or of the JSON the images of that phase."""
+    with reading(path, f"a list of {split} images"):
+        if path.suffix == ".json":
+            read = any(isinstance(mask, RunLengths) for mask in masks.values())
+            details = masks if read else read_detail(path)
+            stems = [stem for stem, image in details.items() if image.phase == split]
+        else:
+            stems = path.read_text().split()
+        if path.parent.name == "Main":  # PASCAL-Context lacks a few of these
+            stems = [stem for stem in stems if stem in masks]
+        if not stems:
+            raise ValueError("it names none")
+        return stems

@@ -1,15 +1,11 @@
-"""The embedded toy world: scenes with pixel labels. (tiny_clip.py pre-trains a CLIP for it.)
+"""The embedded toy world: scenes with pixel labels. `toy` is world 0; another number, as in `toy:3`,
+splits the names in another way, and has other scenes and another CLIP (see tiny_clip.py).
 
 A scene is a textured background with one to three objects. An object's class is a colour and a fill
-pattern ("striped red"), so names compose from two words and all 48 combinations can be recognised
-by someone who has learnt the words; its outline means nothing. Segmentation training shows the 24
-combinations of six colours and four patterns. The other 24 hold a colour or a pattern that it never
-shows, and that only CLIP has seen, which knows which names an image holds but not where.
-
-`toy` is world 0, `toy:3` world 3: another split of the names, other scenes, another CLIP.
+pattern ("striped red"); its outline means nothing. Segmentation training shows the 24 combinations
+of six colours and four patterns. The other 24 hold a colour or a pattern that only CLIP has seen,
+which knows which names an image holds, but not where.
 """
-import math
-
 import numpy as np
 from PIL import Image
 
@@ -40,7 +36,7 @@ def draw_pattern(rng, name, y, x):
     y, x = y + rng.uniform(0, period), x + rng.uniform(0, period)
     if name == "dotted":
         return (y / period % 1 - 0.5) ** 2 + (x / period % 1 - 0.5) ** 2 < 0.3 ** 2
-    across, along, diagonal = (t / period % 1 < 0.5 for t in (y, x, (x + lean * y) / math.sqrt(2)))
+    across, along, diagonal = (t / period % 1 < 0.5 for t in (y, x, (x + lean * y) / np.sqrt(2)))
     return {"plain": np.zeros_like(across), "banded": across, "striped": along,
             "checkered": across ^ along, "diagonal": diagonal}[name]
 
@@ -48,10 +44,8 @@ def draw_pattern(rng, name, y, x):
 def draw_background(rng, name, y, x):
     """Brightness of a background's texture, [h,w] around 1."""
     a, b = rng.uniform(0, 7, 2)
-    if name == "grass":
-        return 1 + 0.25 * rng.standard_normal(x.shape)
-    if name == "sand":
-        return 1 + 0.06 * rng.standard_normal(x.shape)
+    if name in ("grass", "sand"):
+        return 1 + {"grass": 0.25, "sand": 0.06}[name] * rng.standard_normal(x.shape)
     if name == "water":
         return 1 + 0.15 * np.sin(0.8 * y + 1.5 * np.sin(0.15 * x + a) + b)
     shifted = x + b + 5 * ((y + a) // 6 % 2)  # every other row of bricks
@@ -61,7 +55,7 @@ def draw_background(rng, name, y, x):
 def inside(rng, y, x, radius):
     """The pixels of a randomly placed, randomly shaped outline: bool [h,w]."""
     cy, cx = rng.uniform(0.2, 0.8, 2) * y.shape
-    angle, shape = rng.uniform(0, 2 * math.pi), rng.integers(4)
+    angle, shape = rng.uniform(0, 2 * np.pi), rng.integers(4)
     u = np.cos(angle) * (x - cx) + np.sin(angle) * (y - cy)
     v = np.cos(angle) * (y - cy) - np.sin(angle) * (x - cx)
     disc, ellipse = u ** 2 + v ** 2, (u / 1.25) ** 2 + (v / 0.8) ** 2
@@ -89,17 +83,18 @@ def draw(rng, background, objects, radii, size=SIZE):
 
 
 class Scenes:
-    """Split "train" (seen objects only) or "val" (all) of a world, one of `registry.open_dataset`'s
-    datasets. Training names are the seen objects and the backgrounds; validation names are all."""
+    """A split of a world, one of `data.open_dataset`'s datasets: "train" names and shows the seen
+    objects and the backgrounds, "val" all."""
     source, warning = "sources/toy.py", ""
 
     def __init__(self, seed, split):
         self.seed, self.split = seed, split
+        self.files = [f"toy:{seed}/{split}"]
         self.objects = seen_objects(seed) if split == "train" else list(range(len(OBJECTS)))
-        kept = self.objects + list(range(len(OBJECTS), len(NAMES)))
-        self.names = [NAMES[i] for i in kept]
+        labels = self.objects + list(range(len(OBJECTS), len(NAMES)))
+        self.names = [NAMES[i] for i in labels]
         self.lookup = np.full(len(NAMES), IGNORE)
-        self.lookup[kept] = range(len(kept))
+        self.lookup[labels] = range(len(labels))
 
     def __len__(self):
         return SPLIT_SIZES[self.split]

@@ -5,6 +5,7 @@ Everything that model.py avoids is done here: the full context of the text encod
 repeated for each class, the class axis padded to 256, one-hot targets. State dicts use the names of
 CAT-Seg's published checkpoints.
 """
+import re
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,7 @@ SMALL = dict(
     embed_dim=24,
     quick_gelu=True,
     vision_cfg=dict(image_size=32, patch_size=8, width=32, layers=6, head_width=16),
-    text_cfg=dict(context_length=77, width=32, heads=2, layers=2),
-)
+    text_cfg=dict(context_length=77, width=32, heads=2, layers=2))
 CLIP, HEAD = "sem_seg_head.predictor.clip_model.", "sem_seg_head.predictor.transformer."
 
 
@@ -75,10 +75,8 @@ def encode_image(s, images, layers, heads, patch, side):
         if i + 1 in (layers // 3, 2 * layers // 3):
             middle.append(x[:, 1:].reshape(len(x), side, side, -1).permute(0, 3, 1, 2))
     b = f"{v}transformer.resblocks.{layers - 1}."
-    value = (
-        norm(s, b + "ln_1", x) @ s[b + "attn.v_proj_weight"].T
-        + s[b + "attn.in_proj_bias"].chunk(3)[2]
-    )
+    bias = s[b + "attn.in_proj_bias"].chunk(3)[2]
+    value = norm(s, b + "ln_1", x) @ s[b + "attn.v_proj_weight"].T + bias
     x = linear(s, b + "attn.out_proj", value) + x[:, :1]
     x = x + mlp(s, b + "mlp", norm(s, b + "ln_2", x))
     return (norm(s, v + "ln_post", x) @ s[v + "proj"])[:, 1:], middle
@@ -124,15 +122,13 @@ def swin_block(s, name, x, guidance, window, shift, heads=4):
                 of_head = slice(h * d, h * d + d)
                 products = (q[..., of_head] * d**-0.5) @ k[..., of_head].transpose(1, 2)
                 heads_out.append((products + mask).softmax(-1) @ v[..., of_head])
-            out[here] = linear(s, name + ".attn.proj", torch.cat(heads_out, -1)).unflatten(
-                1, (window, window)
-            )
+            projected = linear(s, name + ".attn.proj", torch.cat(heads_out, -1))
+            out[here] = projected.unflatten(1, (window, window))
     if shift:
         out = out.roll((shift, shift), (1, 2))
     x = shortcut + out
-    return x + linear(
-        s, name + ".mlp.fc2", F.gelu(linear(s, name + ".mlp.fc1", norm(s, name + ".norm2", x)))
-    )
+    hidden = F.gelu(linear(s, name + ".mlp.fc1", norm(s, name + ".norm2", x)))
+    return x + linear(s, name + ".mlp.fc2", hidden)
 
 
 def class_aggregation(s, name, x, guidance, pool, heads=4):
@@ -190,17 +186,15 @@ def head(s, patches, middle, text, side, pool, window):
         guidance = norm(s, layer + "swin_block.guidance_norm", image).repeat_interleave(K, 0)
         x = swin_block(s, layer + "swin_block.block_1", x, guidance, window, 0)
         x = swin_block(s, layer + "swin_block.block_2", x, guidance, window, window // 2)
-        x = class_aggregation(s, layer + "attention", x.unflatten(0, (B, K)), words, pool).flatten(
-            0, 1
-        )
+        x = class_aggregation(s, layer + "attention", x.unflatten(0, (B, K)), words, pool)
+        x = x.flatten(0, 1)
     x = x.permute(0, 3, 1, 2)
     for i in (1, 2):
         g = up(f"upsample{i}", middle[i - 1], 2 * i)
         g = conv(f"{HEAD}decoder_guidance_projection.{i - 1}.0", g, padding=1).relu()
         g = g.repeat_interleave(K, 0)
-        x = double_conv(
-            s, f"{HEAD}decoder{i}.conv", torch.cat([up(f"{HEAD}decoder{i}.up", x, 2), g], 1)
-        )
+        x = torch.cat([up(f"{HEAD}decoder{i}.up", x, 2), g], 1)
+        x = double_conv(s, f"{HEAD}decoder{i}.conv", x)
     return conv(HEAD + "head", x, padding=1).reshape(B, K, 4 * side, 4 * side)
 
 
@@ -227,42 +221,28 @@ def loss(logits, pixel_labels):
 
 
 def to_cat_seg(state):
-    """Our state dict under CAT-Seg's names, written independently of support/weights.py's table."""
+    """Our state dict under CAT-Seg's names, written independently of support/checkpoint.py."""
     return {theirs(name): t[None, None] if "padding_" in name else t for name, t in state.items()}
+
+
+NAMES = {  # what in our names becomes what in CAT-Seg's, in this order
+    r"^(image|text)_encoder\.|^(?=logit_scale)": CLIP, r"^head\.middle_up\.0": "upsample1",
+    r"^head\.middle_up\.1": "upsample2", r"^head\.": HEAD, r"\.embed\b": ".conv1",
+    r"\.logit\b": ".head", r"\.image_guidance": ".guidance_projection.0",
+    r"\.text_guidance": ".text_guidance_projection.0",
+    r"\.middle_guidance\.(\d)": r".decoder_guidance_projection.\1.0",
+    r"\.spatial\.(\d)": r".layers.\1.swin_block", r"\.blocks\.0": ".block_1",
+    r"\.blocks\.1": ".block_2", r"(block_\d)\.([qkv]|proj)\.": r"\1.attn.\2.",
+    r"(block_\d\.mlp)\.0": r"\1.fc1", r"(block_\d\.mlp)\.2": r"\1.fc2",
+    r"\.classes\.(\d)\.([qkv])\.": r".layers.\1.attention.attention.\2.",
+    r"\.classes\.(\d)": r".layers.\1.attention", r"attention\.mlp": "attention.MLP",
+    r"padding_token$": "padding_tokens", r"\.decoder\.0": ".decoder1", r"\.decoder\.1": ".decoder2",
+    r"(decoder\d\.)conv1": r"\1conv.double_conv.0", r"(decoder\d\.)norm1": r"\1conv.double_conv.1",
+    r"(decoder\d\.)conv2": r"\1conv.double_conv.3", r"(decoder\d\.)norm2": r"\1conv.double_conv.4"}
 
 
 def theirs(name):
     """CAT-Seg's name of one of our tensors."""
-    if not name.startswith("head."):
-        return CLIP + name.removeprefix("image_encoder.").removeprefix("text_encoder.")
-    _, kind, *words = name.split(".")
-    rest = ".".join(words[1:])
-    if kind == "spatial" and words[1] == "blocks":
-        layer, _, block, *inner = words
-        inner = ".".join(inner).replace("mlp.0", "mlp.fc1").replace("mlp.2", "mlp.fc2")
-        if inner.startswith(("q.", "k.", "v.", "proj.")):
-            inner = "attn." + inner
-        return f"{HEAD}layers.{layer}.swin_block.block_{int(block) + 1}.{inner}"
-    if kind == "spatial":
-        return f"{HEAD}layers.{words[0]}.swin_block.{rest}"
-    if kind == "classes":
-        if words[1] in ("q", "k", "v"):
-            rest = "attention." + rest
-        rest = {"padding_token": "padding_tokens"}.get(rest, rest.replace("mlp", "MLP"))
-        return f"{HEAD}layers.{words[0]}.attention.{rest}"
-    if kind == "middle_up":
-        return f"upsample{int(words[0]) + 1}.{rest}"
-    if kind == "middle_guidance":
-        return f"{HEAD}decoder_guidance_projection.{words[0]}.0.{rest}"
-    if kind == "decoder":
-        places = {"conv1": 0, "norm1": 1, "conv2": 3, "norm2": 4}
-        if words[1] in places:
-            rest = f"conv.double_conv.{places[words[1]]}.{words[2]}"
-        return f"{HEAD}decoder{int(words[0]) + 1}.{rest}"
-    kind = {
-        "embed": "conv1",
-        "image_guidance": "guidance_projection.0",
-        "text_guidance": "text_guidance_projection.0",
-        "logit": "head",
-    }[kind]
-    return f"{HEAD}{kind}.{words[0]}"
+    for ours, replacement in NAMES.items():
+        name = re.sub(ours, replacement, name)
+    return name

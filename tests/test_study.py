@@ -1,231 +1,190 @@
-"""The measures of one model against plain loops, and the verbs that read checkpoints."""
-
+"""The study: its statistics against plain loops and known cases, runs made once, and both verbs."""
+import copy
 import json
+from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from PIL import Image
 
 import evaluate
-from conftest import run
 from data import open_dataset
-from ema import frozen_copy
+from ema import MomentumEncoder
 from losses import IGNORE
-from model import build
-from study import measures
+from study import shift, sweep
 from study.__main__ import parse
-from support.errors import UserError
-
-
-def moved(model, by=0.3):
-    """A copy of a segmenter whose q and v projections were moved a little."""
-    other = build("tiny", image_size=64, channels=32)
-    other.load_state_dict(model.state_dict())
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, p in other.named_parameters():
-            if name.endswith(("q_proj_weight", "v_proj_weight")):
-                p += by * p.std() * torch.randn_like(p)
-    return other.eval()
+from support.files import UserError
 
 
 def cosine(a, b):
     return float(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-def statistics(model, original, dataset):
-    with torch.no_grad():
-        text = original.encode_text(original.tokenize(dataset.names))
-    encoder = frozen_copy(original.image_encoder)
-    return measures.shift_statistics(model, encoder, text, dataset)
+@torch.no_grad()
+def moved(model, by=0.5):
+    """A copy whose q and v projections lie elsewhere, as after training."""
+    other = copy.deepcopy(model)
+    torch.manual_seed(1)
+    for name, p in other.named_parameters():
+        if name.endswith(("q_proj_weight", "v_proj_weight")):
+            p += by * p.std() * torch.randn_like(p)
+    return other.eval()
 
 
-def test_dispersion_equals_loops():
-    """Of five classes, of which two are empty."""
-    rng = np.random.default_rng(0)
-    classes = rng.choice([0, 1, 3], 30)
-    units = [v / np.linalg.norm(v) for v in rng.normal(size=(30, 5)) + 0.5]
-    by_class = {c: [u for u, k in zip(units, classes) if k == c] for c in (0, 1, 3)}
-    sums, counts = np.zeros((5, 5)), np.zeros(5)
-    for c, vectors in by_class.items():
-        sums[c], counts[c] = sum(vectors), len(vectors)
-    variance = np.mean([np.mean([1 - cosine(u, sums[c]) for u in by_class[c]]) for c in by_class])
-    pairs = [(a, b) for a in by_class for b in by_class if a != b]
-    separation = np.mean([1 - cosine(sums[a], sums[b]) for a, b in pairs])
-    sums, counts = torch.tensor(sums), torch.tensor(counts)
-    assert measures.dispersion(sums, counts) == pytest.approx((variance, separation), rel=1e-9)
-    assert measures.dispersion(sums[:1], counts[:1])[1] is None
-    assert measures.dispersion(sums[2:3], counts[2:3]) == (None, None)
-
-
-def test_pearson():
-    assert measures.pearson([1, 2, 3, None], [2, 4, 6, 9]) == pytest.approx(1)
-    x, y = [1.0, 2, 4, 8], [3.0, 1, 2, -5]
-    a, b = np.array(x) - np.mean(x), np.array(y) - np.mean(y)
-    assert measures.pearson(x, y) == pytest.approx(a @ b / np.sqrt(a @ a * (b @ b)))
-    assert measures.pearson([1, 2], [3, 4]) is None
-    assert measures.pearson([1, 1, 1], [1, 2, 3]) is None
-    x, y = [[1, 2, 30], [2, 4, None]], [[5, 1, 2], [6, 3, 4]]  # two columns are whole: +1, +2
-    assert measures.pearson(x, y, within_columns=True) == pytest.approx(
-        np.corrcoef([-0.5, 0.5, -1, 1, 0], [-0.5, 0.5, -1, 1, 0])[0, 1]
-    )
-
-
-def test_a_subset_is_spread_evenly(folder):
+@torch.no_grad()
+def test_statistics_equal_loops(tiny, folder):
+    """Each quantity, patch by patch; one of the four classes has no patches."""
+    (folder / "classes.txt").write_text("red thing\ngreen thing\nblue thing\nnowhere")
+    original, model = tiny.eval(), moved(tiny)
     dataset = open_dataset(f"folder:{folder}", None, "train")
-    some, all_of_it = measures.Subset(dataset, 3), measures.Subset(dataset, 0)
-    assert [some.load(i)[2] for i in range(len(some))] == [dataset.load(i)[2] for i in (0, 2, 5)]
-    assert len(all_of_it) == len(measures.Subset(dataset, 99)) == 6
-
-
-def patch_labels_by_counting(labels):
-    """Labels [H,W] as an image of 64 x 64 -> the most frequent one in each of 8 x 8 patches."""
-    labels = torch.tensor(labels).float()[None, None]
-    large = F.interpolate(labels, (64, 64), mode="nearest")[0, 0].numpy()
-    grid = []
-    for p in range(64):
-        patch = large[p // 8 * 8 :, p % 8 * 8 :][:8, :8]
-        found, counts = np.unique(patch, return_counts=True)
-        grid.append(int(found[counts.argmax()]))
-    return grid
-
-
-def test_shift_statistics_equal_loops(tiny, folder):
-    tiny.eval()
-    target, dataset = moved(tiny), open_dataset(f"folder:{folder}", None, "train")
-    got = statistics(target, tiny, dataset)
-    tokens = tiny.tokenize(dataset.names)
-    with torch.no_grad():
-        text, first_text = target.encode_text(tokens).numpy(), tiny.encode_text(tokens).numpy()
-    drifts = {"reference": [], "noisy": []}
-    counts = {"wrong": 0, "contaminated": 0, "right": 0}
-    for i in range(len(dataset)):
-        image, labels, _ = dataset.load(i)
-        view = evaluate.views(image, 64, sliding=False)[0]
-        with torch.no_grad():
-            own = target.encode_image(view)[0][0].numpy()
-            first = tiny.encode_image(view)[0][0].numpy()
-        grid = patch_labels_by_counting(labels)
-        dominant = np.bincount([g for g in grid if g != IGNORE]).argmax()
-        for v, v0, g in zip(own, first, grid):
+    text, first_text = (evaluate.encode_names(m, dataset.names).numpy() for m in (model, original))
+    reference, noisy, wrong, members = [], [], [], [[], [], []]
+    for image, pixel_labels, _ in map(dataset.load, range(len(dataset))):
+        view, _ = evaluate.views(image, 64, sliding=False)
+        own, first = (m.encode_image(view)[0][0].numpy() for m in (model, original))
+        small = pixel_labels[np.arange(64) * 60 // 64][:, np.arange(64) * 80 // 64]
+        blocks = small.reshape(8, 8, 8, 8).swapaxes(1, 2).reshape(64, 64)  # [patches, pixels]
+        labels = [np.bincount(block + 1).argmax() - 1 for block in blocks]  # IGNORE is -1
+        dominant = np.bincount([g for g in labels if g != IGNORE]).argmax()
+        for v, v0, g in zip(own, first, labels):
             if g == IGNORE:
                 continue
-            guess = int(np.argmax([cosine(v, t) for t in text]))
-            first_guess = int(np.argmax([cosine(v0, t) for t in first_text]))
-            if first_guess == g:
-                drifts["reference"].append(1 - cosine(v, v0))
-            elif first_guess == dominant:
-                drifts["noisy"].append(1 - cosine(v, v0))
-            counts["right" if guess == g else "wrong"] += 1
-            counts["contaminated"] += guess != g and guess == dominant
-    assert min(len(d) for d in drifts.values()) > 5 and counts["contaminated"] > 5
-    shift_text = np.mean([1 - cosine(a, b) for a, b in zip(text, first_text)])
-    assert got["shift_reference"] == pytest.approx(np.mean(drifts["reference"]), rel=1e-3)
-    assert got["shift_noisy"] == pytest.approx(np.mean(drifts["noisy"]), rel=1e-3)
-    assert got["shift_text"] == pytest.approx(shift_text, rel=1e-3)
-    assert got["contamination"] == pytest.approx(counts["contaminated"] / counts["wrong"])
-    labelled = counts["right"] + counts["wrong"]
-    assert got["right_share"] == pytest.approx(counts["right"] / labelled)
-    still = statistics(tiny, tiny, dataset)
-    assert abs(still["shift_reference"]) < 1e-6 and abs(still["shift_text"]) < 1e-6
-    assert still["text_variance"] > 0.001
-    assert got["patch_separation"] != still["patch_separation"]
+            nearest = np.argmax([cosine(v, t) for t in text])
+            first_nearest = np.argmax([cosine(v0, t) for t in first_text])
+            members[g].append(v / np.linalg.norm(v))
+            if first_nearest == g:
+                reference.append(1 - cosine(v, v0))
+            elif first_nearest == dominant:
+                noisy.append(1 - cosine(v, v0))
+            if nearest != g:
+                wrong.append(nearest == dominant)
+    assert min(len(reference), len(noisy), sum(wrong)) > 5
+    means = [np.mean(own, 0) for own in members]
+    within = [np.mean([1 - cosine(v, mean) for v in own]) for own, mean in zip(members, means)]
+    expected = dict(
+        shift_reference=np.mean(reference), shift_noisy=np.mean(noisy),
+        shift_text=np.mean([1 - cosine(a, b) for a, b in zip(text, first_text)]),
+        contamination=np.mean(wrong), patch_variance=np.mean(within),
+        patch_separation=np.mean([1 - cosine(a, b) for a, b in combinations(means, 2)]),
+        text_separation=np.mean([1 - cosine(a, b) for a, b in combinations(text, 2)]))
+    assert shift.statistics(model, original, dataset) == pytest.approx(expected, rel=1e-3)
+    same = shift.statistics(original, original, dataset)
+    assert same["shift_reference"] == same["shift_text"] == 0
 
 
-def test_nothing_labelled_is_no_number(tiny, folder):
-    """A dataset without a labelled pixel: None instead of a division by zero."""
+def test_what_has_no_patches_is_none(tiny, folder):
     dataset = open_dataset(f"folder:{folder}", None, "val")
-    load = dataset.load
-    dataset.load = lambda i: (load(i)[0], np.full((60, 80), IGNORE), "")
-    got = statistics(tiny.eval(), tiny, dataset)
-    assert {got[key] for key in ("shift_noisy", "contamination", "right_share")} == {None}
-    assert got["shift_reference"] is got["patch_variance"] is got["patch_separation"] is None
+    dataset.load = lambda i, load=dataset.load: (load(i)[0], np.full((60, 80), IGNORE), "")
+    numbers = shift.statistics(tiny.eval(), tiny, dataset)
+    assert [key for key in numbers if numbers[key] is not None] == ["shift_text", "text_separation"]
 
 
-def checkpoint(path, model, original, names):
-    state = {
-        k: v
-        for k, v in original.state_dict().items()
-        if k.endswith(("q_proj_weight", "v_proj_weight"))
-    }
-    contents = dict(config=model.config, model=model.state_dict(), original=state, names=names)
-    torch.save(dict(contents, step=7, momentum=None, args={"adapt": "both"}), path)
+def test_shift_and_pictures(tiny, folder, tmp_path, capsys):
+    """Correlations begin with three checkpoints: two are always on a line."""
+    paths = [str(tmp_path / f"{by}.pt") for by in (0.1, 0.3, 0.5)]
+    for path, by in zip(paths, (0.1, 0.3, 0.5)):
+        model = moved(tiny, by)
+        momentum = MomentumEncoder(model.image_encoder, 0.9).state_dict()
+        torch.save(dict(config=tiny.config, model=model.state_dict(), original=tiny.state_dict(),
+                        momentum=momentum, args={"adapt": "both"}, names=["red thing"]), path)
+    where = ["--dataset", f"folder:{folder}", "--out", str(tmp_path)]
+    for count in (2, 3):
+        shift.shift(parse(["shift", *where, "--checkpoints", *paths[:count]]))
+        result = json.loads((tmp_path / "shift.json").read_text())
+        rows = result["rows"]
+        assert [row["checkpoint"] for row in rows] == ["original CLIP", *paths[:count]]
+        assert (result["correlation"]["shift_text"] is None) == (count == 2)
+    x, y = ([row[key] for row in rows[1:]] for key in ("shift_text", "unseen"))
+    assert result["correlation"]["shift_text"] == pytest.approx(np.corrcoef(x, y)[0, 1])
+    moves = [row["shift_reference"] for row in rows]
+    assert moves[0] == 0 and sorted(moves) == moves and moves[3] > 2 * moves[1] > 0
+    assert "| shift_noisy " in capsys.readouterr().out
+    shift.pictures(parse(["pictures", *where, "--checkpoint", paths[0]]))
+    assert (tmp_path / "examples.png").exists()
 
 
-def test_both_verbs(tiny, folder, tmp_path):
-    names = ["red thing", "blue thing"]
-    files = [tmp_path / f"{by}.pt" for by in (0.1, 0.3, 0.5)]
-    for by, file in zip((0.1, 0.3, 0.5), files):
-        checkpoint(file, moved(tiny, by), tiny, names)
-    out = tmp_path / "new" / "s"
-    where = ["--dataset", f"folder:{folder}", "--out", out]
-    done = run("-m", "study", "shift", "--checkpoints", *files, *where)
-    found = json.loads((out / "shift.json").read_text())
-    assert [r["checkpoint"] for r in found["rows"]] == ["original CLIP", *map(str, files)]
-    assert [r["step"] for r in found["rows"]] == [0, 7, 7, 7]
-    moves = [r["shift_reference"] for r in found["rows"]]
-    assert moves[0] == pytest.approx(0, abs=1e-6)
-    assert sorted(moves) == moves and moves[3] > 2 * moves[1] > 0
-    assert "| shift_noisy " in done.stdout and "unseen over 3 checkpoint(s)" in done.stdout
-    pairs = [(r["shift_reference"], r["unseen"]) for r in found["rows"][1:]]
-    expected = measures.pearson(*zip(*pairs))
-    assert found["correlation"]["shift_reference"] == pytest.approx(expected)
-    run("-m", "study", "pictures", "--checkpoint", files[0], *where, "--images", "2")
-    assert {p.name for p in out.iterdir()} == {"shift.json", "shift.png", "pictures.png"}
-    with Image.open(out / "pictures.png") as sheet:
-        assert sheet.width == 5 * 200 + 8
+def test_a_checkpoint_without_the_original_is_refused(tiny, tmp_path):
+    torch.save(dict(config=tiny.config, model=tiny.state_dict()), tmp_path / "c.pt")
+    with pytest.raises(UserError, match="c.pt can't be read .*there is no 'original' in it"):
+        shift.read(tmp_path / "c.pt")
 
 
-def test_what_cant_be_read_or_written_is_a_sentence(tiny, tmp_path):
-    file = tmp_path / "c.pt"
-    torch.save(dict(config=tiny.config, model=tiny.state_dict()), file)
-    with pytest.raises(UserError, match="c.pt does not hold the original CLIP's weights"):
-        measures.read(file)
-    command = ["-m", "study", "shift", "--checkpoints", file, "--out", file / "s"]
-    done = run(*command, check=False)
-    assert done.returncode == 1 and f"{file / 's'} can't be written to" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_interval_on_known_cases():
+    p = 2 / 2 ** 6  # two of the 64 ways to choose signs
+    assert sweep.interval([1.0] * 6) == pytest.approx((1, 1, 1, p), abs=0.004)
+    assert sweep.interval([-1, 1]) == (0, -1, 1, 1)
+    values = np.random.default_rng(1).normal(0.3, 1, 200)
+    mean, low, high, p = sweep.interval(values)
+    error = values.std() / 200 ** 0.5  # of so many the mean is normal
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.02)
+    assert p < 0.001 and sweep.interval(values - values.mean())[3] > 0.99
 
 
-@pytest.mark.parametrize(
-    "command, flag",
-    [
-        ("shift --checkpoints a --images -1", "--images"),
-        ("pictures --checkpoint a --images x", "--images"),
-        ("ablate --seeds 0", "--seeds"),
-        ("ablate --jobs 0", "--jobs"),
-        ("ablate --first-seed -1", "--first-seed"),
-        ("shift --checkpoints a --steps 3", "--steps"),
-    ],
-)
-def test_flags_that_make_no_sense_are_refused(command, flag, capsys):
+STUB = """
+import json, pathlib, sys
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+out = pathlib.Path(flags["--out"])
+out.mkdir(parents=True)
+with (out.parents[1] / "calls.txt").open("a") as file:
+    print(flags["--dataset"], flags["--seed"], flags["--gain"], file=file)
+assert "--fail" not in flags, "this run was to fail"
+def scores(gain):
+    score = 30 + int(flags["--seed"]) + gain
+    return dict(seen=60, unseen=score, harmonic=score, reference_share_teacher=0.5, drift=0.1)
+(out / "last.pt").write_text("weights")
+results = dict(start=scores(0), trained=scores(float(flags["--gain"])))
+(out / "results.json").write_text(json.dumps(results))
+"""
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """A sweep over a table with a train.py that adds --gain to its score; it returns its runs."""
+    (tmp_path / "train.py").write_text(STUB)
+    monkeypatch.setattr(sweep, "TABLES", tmp_path)
+    monkeypatch.setattr(sweep, "TRAIN", tmp_path / "train.py")
+    calls = tmp_path / "out/calls.txt"
+
+    def run(table, *flags):
+        (tmp_path / "demo.txt").write_text(f"A title\n\n{table}\n")
+        calls.unlink(missing_ok=True)
+        args = parse(["sweep", "demo", "--out", str(tmp_path / "out"), *flags])
+        args.run(args)
+        return sorted(calls.read_text().splitlines()) if calls.exists() else []
+
+    return run
+
+
+def test_a_row_is_compared_with_the_first_of_its_setting(stub, tmp_path, capsys):
+    gains = {"a": 1, "b": 3, "a, x": 10, "b, x": 8}
+    stub("\n".join(f"{row} | --gain {gains[row]}" for row in gains), "--seeds=3", "--first-seed=5")
+    table = capsys.readouterr().out
+    assert " 39.0 (+2.0 [+2.0, +2.0]) |" in table and " 44.0 (-2.0 [-2.0, -2.0]) |" in table
+    lines = [json.loads(line) for line in (tmp_path / "out/demo.jsonl").read_text().splitlines()]
+    scores = [30 + seed + gain for gain in (*gains.values(), 0) for seed in (5, 6, 7)]
+    assert [line["unseen"] for line in lines] == scores and lines[-1]["row"] == "untrained CLIP"
+    assert (tmp_path / "out/demo.png").exists() and not list(tmp_path.rglob("last.pt"))
+
+
+def test_a_run_is_made_once_for_its_flags(stub, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "report", lambda *of_runs: None)
+    table = "plain | --gain 1\nours | --gain 3"
+    assert stub(table, "--seeds=2") == ["toy:1 1 1", "toy:1 1 3", "toy:2 2 1", "toy:2 2 3"]
+    assert stub(table, "--seeds=2") == []
+    assert stub(table, "--seeds=3") == ["toy:3 3 1", "toy:3 3 3"]
+    assert stub("plain | --gain 1\nours | --gain 4", "--seeds=2") == ["toy:1 1 4", "toy:2 2 4"]
+    others = stub("plain | --gain 1", "--seeds=2", "--steps", "5", "--gain", "9", "--seed", "9")
+    assert others == ["toy:1 1 1", "toy:2 2 1"], "further flags count; the table's come before them"
+
+
+def test_a_run_that_fails_is_a_sentence_and_ends_the_sweep(stub, tmp_path):
+    with pytest.raises(UserError, match="train.py .*--gain 1 .*failed: .*this run was to fail"):
+        stub("plain | --gain 1", "--fail", "yes", "--jobs", "1")
+    assert len((tmp_path / "out/calls.txt").read_text().splitlines()) < 4, "of 8"
+
+
+@pytest.mark.parametrize("command", ["shift --checkpoints a --steps 3", "sweep ablate --seeds 1"])
+def test_flags_that_make_no_sense_are_refused(command, capsys):
     with pytest.raises(SystemExit):
         parse(command.split())
-    assert flag in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_flags_of_train_are_passed_on():
-    args = parse(["ablate", "--seeds", "4", "--steps", "7", "--lr=0.1"])
-    assert (args.seeds, args.first_seed, args.dataset) == (4, 1, "toy")
-    assert args.further == ["--steps", "7", "--lr=0.1"]
-
-
-def test_examples_are_of_images_that_differ():
-    """A film of two scenes, of which neighbouring frames are alike, and one picture of a third."""
-
-    class Film:
-        names = evaluated = ["a", "b", "c"]
-
-        def __len__(self):
-            return 30
-
-        def load(self, i):
-            scene = 2 if i == 17 else i // 15
-            return None, np.full((4, 4), scene), f"{i}"
-
-    chosen = measures.varied(Film(), 3)
-    assert {int(chosen.load(i)[1][0, 0]) for i in range(len(chosen))} == {0, 1, 2}
-    assert len(measures.varied(Film(), 6)) == 6 and len(measures.varied(Film(), 99)) == 30
-    assert len(set(measures.varied(Film(), 6).indices)) == 6
+    assert command.split()[-2] in capsys.readouterr().err.splitlines()[-1]

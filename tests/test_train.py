@@ -1,13 +1,10 @@
-"""Training from the command line and step by step: resuming, several processes, and what stops
-it."""
-
+"""Training: what a step computes, what each flag does, and that processes, micro-batches, precision
+and compilation change nothing but how it is computed."""
+import contextlib
+import itertools
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
+import re
 
 import pytest
 import torch
@@ -15,111 +12,81 @@ import torch.nn.functional as F
 from PIL import Image
 
 import train
-from conftest import ROOT, run, visible
+from conftest import ROOT, run
+from ema import MomentumEncoder
 from model import build
-from support import runs
-from support.errors import UserError
+from support.files import UserError
+from test_accidents import ends, read_log, start  # noqa: F401: a fixture
 
-FAST = [
-    "--clip",
-    "tiny",
-    "--pretrained",
-    "none",
-    "--batch-size",
-    "4",
-    "--steps",
-    "6",
-    "--tpa-steps",
-    "2",
-    "--channels",
-    "16",
-    "--log-every",
-    "1",
-    "--eval-every",
-    "0",
-    "--save-every",
-    "2",
-]
-
-FILES = {"last.pt", "log.jsonl", "results.json", "curves.png", "examples.png"}
+SMALL = ("--image-size=32", "--steps=3", "--tpa-steps=1")
+FILES = {"last.pt", "log.jsonl", "results.json", "curves.png", "examples.png", ".lock"}
 
 
 @pytest.fixture
-def go(folder, tmp_path, monkeypatch, no_plots):
-    """Train in this process: go("name", *flags) -> the checkpoint in tmp_path/name."""
+def go(training, monkeypatch):
+    """Train in this process, looking at few reference patches: go(name, *flags) -> (the
+    checkpoint, the lines of the log that tell of steps)."""
+    statistics = train.reference_statistics
+    monkeypatch.setattr(train, "reference_statistics", lambda *arguments: statistics(
+        *arguments[:-1], itertools.islice(arguments[-1], 1)))
+    monkeypatch.setattr("evaluate.examples", lambda *everything: None)
 
     def go(name, *flags):
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            [
-                "train.py",
-                "--dataset",
-                f"folder:{folder}",
-                "--out",
-                str(tmp_path / name),
-                *FAST,
-                *flags,
-            ],
-        )
-        train.train(train.parse())
-        return torch.load(tmp_path / name / "last.pt", weights_only=True)
+        out = training(name, *SMALL, *flags)
+        lines = [line for line in read_log(out) if "total_loss" in line]
+        return torch.load(out / "last.pt", weights_only=True), lines
 
     return go
 
 
-def tensors(checkpoint):
-    """Every tensor that training changes, by name."""
-    optimiser = {
-        f"{i}.{k}": v
-        for i, state in checkpoint["optimiser"]["state"].items()
-        for k, v in state.items()
-    }
-    return {
-        **checkpoint["model"],
-        **{"momentum." + k: v for k, v in checkpoint["momentum"]["tensors"].items()},
-        **optimiser,
-    }
+def assert_near(a, b):
+    """Two checkpoints' models and momentum encoders are equal to rounding."""
+    assert a["step"] == b["step"]
+    for part in ("model", "momentum"):
+        state, other = a[part] or {}, b[part] or {}
+        assert state.keys() == other.keys()
+        for name, tensor in state.items():
+            torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
-def log(folder):
-    return runs.read_log(folder / "log.jsonl")
+def start_of(seed=0):
+    """The state of the model that `go` begins with."""
+    torch.manual_seed(seed)
+    return build("tiny", 32, 16, prior=train.TOY["prior"]).state_dict()
+
+
+# A step
 
 
 def test_a_step_is_figure_1(tiny):
-    """Reference patches and prototypes are the momentum encoder's, Q and the losses the
-    target's."""
+    """Reference patches and prototypes are the momentum encoder's, Q and the losses the model's."""
     torch.manual_seed(1)
-    momentum = train.MomentumEncoder(tiny.image_encoder, 0.0)
+    momentum = MomentumEncoder(tiny.image_encoder, 0.0)
     with torch.no_grad():
         for p in tiny.image_encoder.parameters():
             if p.requires_grad:
                 p.add_(0.1 * torch.randn_like(p))
-    names, images = ["red", "green", "blue"], torch.randn(2, 3, 64, 64)
-    tokens, pixel_labels = tiny.tokenize(names), torch.randint(-1, 3, (2, 8, 8))
-    pixel_labels = pixel_labels.repeat_interleave(8, 1).repeat_interleave(8, 2)
-    args = train.parse(["--lambda-spd", "2", "--lambda-cpa", "3", "--spd-features", "raw"])
+    tokens = tiny.tokenize(["red", "green", "blue"])
+    images, G = torch.randn(2, 3, 64, 64), torch.randint(-1, 3, (2, 64))
+    pixel_labels = G.reshape(2, 8, 8).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    args = train.parse("--lambda-spd 2 --lambda-cpa 3 --spd-features raw".split())
     loss, figures = train.step_losses(tiny, momentum, images, pixel_labels, tokens, args)
     with torch.no_grad():
         text = tiny.encode_text(tokens)
         V, V_M = tiny.encode_image(images)[0], momentum(images)[0]
-        G = pixel_labels[:, ::8, ::8].flatten(1)
-        right, right_M = (
-            F.cosine_similarity(v[:, :, None], text, dim=-1).argmax(-1) == G for v in (V, V_M)
-        )
+        cosines = [F.cosine_similarity(v[:, :, None], text, dim=-1) for v in (V, V_M)]
+        right, right_M = (cosine.argmax(-1) == G for cosine in cosines)
         assert right.any() and right_M.any() and not torch.equal(right, right_M)
         spd, cpa, in_q = [], [], 0
         for b in range(2):
             spd.append((V[b] - V_M[b]).square().sum(-1)[right_M[b]].mean())
             valid = [c for c in range(3) if (right_M[b] & (G[b] == c)).any()]
             P = torch.stack([V_M[b][right_M[b] & (G[b] == c)].mean(0) for c in valid])
-            terms = [
-                -(F.cosine_similarity(V[b, p], P, dim=-1) / 0.1).log_softmax(0)[
-                    valid.index(G[b, p])
-                ]
-                for p in range(64)
-                if right[b, p] and G[b, p] in valid
-            ]
+            terms = []
+            for p in range(64):
+                if right[b, p] and G[b, p] in valid:
+                    scores = F.cosine_similarity(V[b, p], P, dim=-1) / 0.1
+                    terms.append(-scores.log_softmax(0)[valid.index(G[b, p])])
             cpa.append(sum(terms) / len(terms))
             in_q += len(terms)
     figures = {name: value.item() for name, value in figures.items()}
@@ -131,379 +98,116 @@ def test_a_step_is_figure_1(tiny):
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_losses_are_weighed_by_the_images_that_count(tiny, monkeypatch):
-    """L_SEG by pixels, SPD by images with a reference patch, CPA by images whose Q is not empty."""
-    masks = iter(
-        [torch.tensor([True, True, True, False]), torch.tensor([True, False, False, True])]
-    )
-    counts = []
-    monkeypatch.setattr(train, "reference_mask", lambda *_: next(masks)[:, None].expand(4, 64))
-    monkeypatch.setattr(train, "weigh_by_process", lambda a, b: counts.extend(b) or a)
-    momentum = train.MomentumEncoder(tiny.image_encoder, 1.0)
-    pixel_labels = torch.zeros(4, 64, 64, dtype=torch.long)
-    pixel_labels[:, :8] = -1
-    args = train.parse(["--ignored", "skip"])
-    images, tokens = torch.randn(4, 3, 64, 64), tiny.tokenize(["red", "green"])
-    train.step_losses(tiny, momentum, images, pixel_labels, tokens, args)
-    assert [int(n) for n in counts] == [4 * 56 * 64, 3, 1]
+def test_a_run_and_its_log(go, tmp_path):
+    a, steps = go("a")
+    assert [line["step"] for line in steps] == [1, 2, 3] and a["step"] == 3
+    for line in steps:
+        weighed = line["segmentation_loss"] + 0.3 * line["spd_loss"] + 0.1 * line["cpa_loss"]
+        assert line["total_loss"] == pytest.approx(weighed, rel=1e-5)
+        cosine = 0.5 * (1 + math.cos(math.pi * (line["step"] - 1) / 3))
+        assert (line["lr"], line["lr_clip"]) == pytest.approx((2.5e-3 * cosine, 7.5e-4 * cosine))
+        assert 0 <= line["reference_share"] <= 1 and line["grad_norm"] > 0 and "seconds" in line
+    assert steps[-1]["segmentation_loss"] < steps[0]["segmentation_loss"]
+    first, aligned, *_, last = read_log(tmp_path / "a")
+    assert first["step"] == aligned["step"] == 0 and aligned["tpa_loss"] > 0
+    assert first["drift"] < 1e-6 < last["drift"] and 0 <= first["mIoU_union"] <= 100
+    results = json.loads((tmp_path / "a/results.json").read_text())
+    assert (results["start"], results["trained"]) == (first, last)
+    assert any(not torch.equal(tensor, a["original"][f"image_encoder.{name}"])
+               for name, tensor in a["momentum"].items())
 
 
-def test_a_run(go, tmp_path):
-    checkpoint = go("a")
-    lines = log(tmp_path / "a")
-    steps = [l for l in lines if "total_loss" in l]
-    assert [l["step"] for l in steps] == [1, 2, 3, 4, 5, 6] and checkpoint["step"] == 6
-    for l in steps:
-        assert l["total_loss"] == pytest.approx(
-            l["segmentation_loss"] + 0.3 * l["spd_loss"] + 0.1 * l["cpa_loss"], rel=1e-5
-        )
-        assert {
-            "reference_share",
-            "contrast_patches",
-            "lr",
-            "lr_clip",
-            "grad_norm",
-            "seconds",
-            "memory_gb",
-        } <= l.keys()
-        assert l["lr"] == pytest.approx(
-            2.5e-3 * 0.5 * (1 + math.cos(math.pi * (l["step"] - 1) / 6))
-        )
-    assert (
-        steps[-1]["segmentation_loss"] < steps[0]["segmentation_loss"] and steps[-1]["spd_loss"] > 0
-    )
-    results = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert (
-        0 <= results["zero_shot"]["mIoU_union"] <= 100
-        and results["trained"]["mIoU_union"] == lines[-1]["mIoU_union"]
-    )
-    assert results["before_tpa"]["reference_drift"] < 1e-6 < results["end"]["reference_drift"]
-    assert visible(tmp_path / "a") == FILES
+def test_pre_alignment_changes_the_text_encoder_alone_and_its_teacher_is_clip(go):
+    """Nothing moves at a learning rate of 0 but in TPA."""
+    a, _ = go("a", "--lr=0", "--tpa-lr=1e-3", "--steps=1")
+    start = start_of()
+    changed = {k for k, t in a["model"].items() if not torch.equal(t, start[k])}
+    assert changed and all(re.fullmatch(r"text_encoder.*\.[qv]_proj_weight", k) for k in changed)
+    assert all(torch.equal(t, start[k]) for k, t in a["original"].items())
+    assert a["original"].keys() > changed
 
 
-def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(go, tmp_path, monkeypatch):
-    whole, calls, update = go("whole"), [], train.MomentumEncoder.update
-
-    def power_cut(self):
-        calls.append(0)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        update(self)
-
-    monkeypatch.setattr(train.MomentumEncoder, "update", power_cut)
-    with pytest.raises(KeyboardInterrupt):
-        go("cut")
-    assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["step"] == 2
-    monkeypatch.setattr(train.MomentumEncoder, "update", update)
-    again = go("cut", "--workers", "2")
-    a, b = tensors(whole), tensors(again)
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    (tmp_path / "cut" / "log.jsonl").open("a").write(
-        '{"step": 6, "tot'
-    )  # a line that a power cut left
-    assert [l["step"] for l in runs.read_log(tmp_path / "cut" / "log.jsonl")][-1] == 6
-    untimed = lambda folder: [
-        {k: v for k, v in l.items() if k not in ("seconds", "memory_gb")} for l in log(folder)
-    ]
-    assert untimed(tmp_path / "whole") == untimed(tmp_path / "cut")
+def test_the_optimiser_decays_all_but_norms(tiny):
+    names = {id(p): name for name, p in tiny.named_parameters() if p.requires_grad}
+    optimiser = train.build_optimiser(tiny, train.parse([]))
+    train.set_learning_rate(optimiser, 1, 3)
+    for group in optimiser.param_groups:
+        kind, decay, factor = group["name"], group["weight_decay"], group["lr"] / (0.75 * 2.5e-3)
+        assert decay == (0 if kind == "norms" else 1e-4)
+        assert factor == pytest.approx(0.3 if kind == "clip" else 1)
+        for name in [names.pop(id(p)) for p in group["params"]]:
+            in_head = "norms" if "norm" in name else "head"
+            assert kind == (in_head if name.startswith("head.") else "clip"), name
+    assert not names, "some parameters are in no group"
 
 
-def test_a_resumed_run_keeps_its_original_clip(go, tmp_path, monkeypatch):
-    """Also where --pretrained would give another one today."""
-    a, build_model = go("a", "--steps", "2"), train.build_model
-
-    def another(args, rank):
-        model = build_model(args, rank)
-        with torch.no_grad():
-            for p in model.image_encoder.parameters():
-                if p.requires_grad:
-                    p.mul_(2)
-        return model
-
-    monkeypatch.setattr(train, "build_model", another)
-    b = go("a", "--steps", "3")
-    assert a["original"].keys() == b["original"].keys()
-    assert all(torch.equal(a["original"][k], t) for k, t in b["original"].items())
-    drift = json.loads((tmp_path / "a/results.json").read_text())["end"]["reference_drift"]
-    assert 0 < drift < 0.1
+@pytest.mark.parametrize("enabled, loss, grad_norm, words", [
+    (False, 1.0, 1.0, None), (True, 1.0, math.inf, None), (False, 1.0, math.inf, "the gradient, "),
+    (True, math.nan, 1.0, "spd_loss became"), (False, math.nan, 1.0, "spd_loss became")])
+def test_an_infinite_gradient_is_the_scalers_and_an_infinite_loss_nobodys(enabled, loss, grad_norm,
+                                                                          words):
+    figures = dict(segmentation_loss=torch.tensor(1.0), spd_loss=torch.tensor(loss))
+    scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+        train.refuse_non_finite(figures, grad_norm, scaler, "step 1")
 
 
-def test_a_finished_run_is_evaluated_again_not_trained(go, tmp_path):
-    a = go("a")
-    before = log(tmp_path / "a")
-    b = go("a")
-    assert (
-        all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-        and log(tmp_path / "a") == before
-    )
-    assert torch.equal(
-        go("a", "--restart")["model"]["head.logit.weight"], a["model"]["head.logit.weight"]
-    )
-
-
-def test_two_processes_equal_one_on_the_joined_batch(folder, tmp_path):
-    """With images that have no label, and so no reference patch: each process has another number
-    of those that count."""
-    for i in (1, 4):
-        Image.new("L", (80, 60), 255).save(folder / f"masks/train/{i}.png")
-    for n in (1, 2):
-        run(
-            "train.py",
-            "--dataset",
-            f"folder:{folder}",
-            "--out",
-            tmp_path / str(n),
-            *FAST,
-            "--steps",
-            "5",
-            "--tpa-lr",
-            "1e-5",
-            "--lambda-spd",
-            "10",
-            "--lambda-cpa",
-            "10",
-            processes=n,
-        )
-    one, two = (torch.load(tmp_path / str(n) / "last.pt", weights_only=True) for n in (1, 2))
-    for part in (lambda c: c["model"], lambda c: c["momentum"]["tensors"]):
-        for name, t in part(one).items():
-            torch.testing.assert_close(part(two)[name], t, rtol=0, atol=1e-5, msg=name)
-    a, b = log(tmp_path / "1"), log(tmp_path / "2")
-    for x, y in zip(a, b):
-        assert all(
-            x[k] == pytest.approx(y[k], rel=1e-3, abs=1e-5)
-            for k in x
-            if k not in ("seconds", "memory_gb", "grad_norm")
-        )
-
-
-def test_the_command_as_it_stands(tmp_path):
-    """torchrun train.py --dataset coco-stuff: data where CAT-Seg's users have them, results in
-    out/coco-stuff, also where a toy run is; evaluate.py writes beside the checkpoint."""
-    for split in ("train", "val"):
-        for place in (f"images/{split}2017", f"annotations/{split}2017"):
-            (tmp_path / "data" / "coco-stuff" / place).mkdir(parents=True)
-        for i in range(3):
-            folder, name = tmp_path / "data/coco-stuff", f"{i:012}"
-            Image.new("RGB", (70, 66), ("red", "green", "blue")[i]).save(
-                folder / f"images/{split}2017/{name}.jpg"
-            )
-            Image.new("L", (70, 66), (0, 1, 255)[i]).save(
-                folder / f"annotations/{split}2017/{name}.png"
-            )
-    (tmp_path / "out/toy").mkdir(parents=True)
-    small = ("--clip", "tiny", "--pretrained", "none", "--steps", "2", "--channels", "16")
-    small += ("--image-size", "64", "--batch-size", "2", "--tpa-steps", "1")
-    where = dict(cwd=tmp_path, env={"DETECTRON2_DATASETS": str(tmp_path / "data")})
-    done = run(
-        ROOT / "train.py", "--dataset", "coco-stuff", *small, processes=2, fork=False, **where
-    )
-    out = tmp_path / "out/coco-stuff"
-    assert visible(out) == FILES and "171 classes" in done.stdout
-    assert (
-        "warning: --dataset coco-stuff: val has 3 images, and a complete download 5000"
-        in done.stdout
-    )
-    checkpoint = ("--checkpoint", out / "last.pt", "--datasets", "coco-stuff")
-    run(ROOT / "evaluate.py", *checkpoint, "--views", "whole", **where)
-    assert (out / "eval/coco-stuff.json").exists()
-    nowhere = dict(cwd=tmp_path, env={"RPMD_DATA": str(tmp_path / "no")})
-    done = run(ROOT / "train.py", "--dataset", "coco-stuff", *small, check=False, **nowhere)
-    words = ("--data-root", "$RPMD_DATA", "$DETECTRON2_DATASETS", "./datasets", "train2017.zip")
-    assert done.returncode == 1 and all(word in done.stderr for word in words), done.stderr
-
-
-def test_accumulation_equals_the_whole_batch(go, tmp_path):
-    """AdamW and clipping forgive a gradient of another length: its norm is looked at as well."""
-    a, b = (
-        go("a", "--distill", "none", "--steps", "3"),
-        go("b", "--distill", "none", "--steps", "3", "--accumulate", "2"),
-    )
-    for name, t in a["model"].items():
-        torch.testing.assert_close(b["model"][name], t, rtol=0, atol=1e-5, msg=name)
-    norms = [[x["grad_norm"] for x in log(tmp_path / n) if "grad_norm" in x] for n in "ab"]
-    assert len(norms[0]) == 3 and norms[1] == pytest.approx(norms[0], rel=1e-3)
+# What flags do
 
 
 @pytest.mark.parametrize("adapt", ["visual", "text", "none"])
 def test_adapt(go, adapt):
-    a = go(
-        "a", "--adapt", adapt, "--steps", "2", *(["--tpa-steps", "0"] if adapt != "text" else [])
-    )
-    torch.manual_seed(0)
-    start = build("tiny", 64, 16).state_dict()
+    a, _ = go("a", f"--adapt={adapt}")
+    start = start_of()
     changed = {k.split(".")[0] for k, t in a["model"].items() if not torch.equal(t, start[k])}
-    assert (
-        changed
-        == {"head"} | {"visual": {"image_encoder"}, "text": {"text_encoder"}, "none": set()}[adapt]
-    )
+    encoders = {"visual": {"image_encoder"}, "text": {"text_encoder"}, "none": set()}[adapt]
+    assert changed == {"head"} | encoders
+    assert (a["args"]["tpa_steps"] == 0) == (adapt != "text")
 
 
-def test_frozen_teacher_and_no_teacher(go):
-    start = build("tiny", 64, 16)
-    a = go("a", "--distill", "frozen", "--tpa-steps", "0", "--seed", "3")
-    torch.manual_seed(3)
-    start = build("tiny", 64, 16).image_encoder.state_dict()
-    assert a["momentum"]["tensors"] and all(
-        torch.equal(t, start[k]) for k, t in a["momentum"]["tensors"].items()
-    )
-    assert go("b", "--distill", "none")["momentum"] is None
+@pytest.mark.parametrize("distill", ["frozen", "pooled", "none"])
+def test_distill(go, distill):
+    """The teacher of frozen and pooled stays the CLIP that training began with. What is not RPMD
+    has neither pre-alignment nor SPD."""
+    a, steps = go("a", f"--distill={distill}", "--seed=3")
+    terms = {name for name in steps[-1] if name.endswith("_loss")}
+    own = {"frozen": {"spd_loss", "cpa_loss"}, "pooled": {"pooled_loss"}, "none": set()}[distill]
+    assert terms == own | {"segmentation_loss", "total_loss"}
+    assert (a["args"]["tpa_steps"] == 0) == (distill != "frozen")
+    if distill == "pooled":
+        first, last = steps[0], steps[-1]
+        assert last["total_loss"] == pytest.approx(
+            last["segmentation_loss"] + 0.03 * last["pooled_loss"], rel=1e-5)
+        assert abs(first["pooled_loss"]) < 1e-5 < last["pooled_loss"]
+    start, moved = start_of(seed=3), 0
+    for name, tensor in (a["momentum"] or {}).items():
+        assert torch.equal(tensor, start[f"image_encoder.{name}"])
+        moved += not torch.equal(tensor, a["model"][f"image_encoder.{name}"])
+    assert (a["momentum"] is None) == (distill == "none") and bool(moved) == (distill != "none")
 
 
-def test_pooled_distillation_keeps_the_original_as_teacher(go):
-    a, b = (
-        go("a", "--distill", "pooled", "--tpa-steps", "0"),
-        go("b", "--distill", "none", "--tpa-steps", "0"),
-    )
-    torch.manual_seed(0)
-    start = build("tiny", 64, 16).image_encoder.state_dict()
-    assert all(torch.equal(t, start[k]) for k, t in a["momentum"]["tensors"].items())
-    name = "image_encoder.visual.transformer.resblocks.3.attn.v_proj_weight"
-    assert not torch.equal(a["model"][name], b["model"][name])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision(go, precision):
+    """Near float32's losses, which are computed outside of it."""
+    flags = ("--steps=1", "--tpa-steps=0", "--adapt=visual")
+    (_, [mixed]), (_, [full]) = go("a", *flags, f"--precision={precision}"), go("b", *flags)
+    assert mixed["segmentation_loss"] != full["segmentation_loss"]
+    for name in ("segmentation_loss", "cpa_loss"):
+        assert mixed[name] == pytest.approx(full[name], rel=0.02, abs=1e-3)
 
 
-def test_nan_stops_before_the_step_and_names_its_origin(go, tmp_path, monkeypatch):
-    calls, steps, loss, step = [], [], train.cpa_loss, torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append(0) or step(self))
-
-    def poisoned(*args):
-        calls.append(0)
-        return loss(*args) * (math.nan if len(calls) == 4 else 1)
-
-    monkeypatch.setattr(train, "cpa_loss", poisoned)
-    with pytest.raises(
-        UserError,
-        match=r"step 4: cpa_loss became NaN or infinite; images .*\.jpg, .*\.jpg; "
-        r"nothing was written after .*last.pt",
-    ):
-        go("a", "--tpa-steps", "0")
-    assert len(steps) == 3
-    good = torch.load(tmp_path / "a" / "last.pt", weights_only=True)
-    assert good["step"] == 2 and all(t.isfinite().all() for t in tensors(good).values())
+def test_accumulation_equals_the_whole_batch(go):
+    """AdamW and clipping forgive a gradient of another length: its norm is looked at as well."""
+    (a, whole), (b, parts) = go("a", "--distill=none"), go("b", "--distill=none", "--accumulate=2")
+    assert_near(a, b)
+    norms = [line["grad_norm"] for line in whole]
+    assert len(norms) == 3 and norms == pytest.approx([x["grad_norm"] for x in parts], rel=1e-3)
+    assert [x["total_loss"] for x in parts] == pytest.approx([x["total_loss"] for x in whole], 1e-3)
 
 
-def test_changed_flags(go, capsys):
-    go("a", "--steps", "2")
-    for flags, words in (
-        (["--seed", "1"], "--seed 1 does not go with .*last.pt, which was trained with --seed 0"),
-        (["--channels", "32"], "--channels 32 does not go"),
-        (["--distill", "frozen"], "--distill frozen does not go"),
-    ):
-        with pytest.raises(UserError, match=words):
-            go("a", *flags)
-    changed = go(
-        "a",
-        "--steps",
-        "4",
-        "--tau",
-        "0.5",
-        "--alpha",
-        "0.5",
-        "--lr",
-        "1e-3",
-        "--weight-decay",
-        "0.25",
-        "--clip-lr-factor",
-        "0.03",
-    )
-    assert changed["step"] == 4 and changed["momentum"]["alpha"] == 0.5
-    assert [(g["base_lr"], g["weight_decay"]) for g in changed["optimiser"]["param_groups"]] == [
-        (1e-3, 0.25),
-        (1e-3, 0),
-        (pytest.approx(3e-5), 0.25),
-    ]
-    out = capsys.readouterr().out
-    assert "--steps is now 4, was 2" in out and "--tau is now 0.5, was 0.1" in out
-
-
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_broken_image_stops_the_run_with_its_path(folder, tmp_path, workers):
-    (folder / "images/train/3.jpg").write_bytes(b"\xff\xd8 no more")
-    done = run(
-        "train.py",
-        "--dataset",
-        f"folder:{folder}",
-        "--out",
-        tmp_path / "o",
-        *FAST,
-        "--workers",
-        workers,
-        check=False,
-    )
-    last = done.stderr.strip().splitlines()[-1]
-    assert (
-        done.returncode == 1
-        and last.startswith("error: ")
-        and "3.jpg can't be read as an image" in last
-        and "Traceback" not in done.stderr
-    )
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (
-            ["--dataset", "coco-stuff", "--data-root", "/nowhere"],
-            "nothing is in /nowhere/coco-stuff/annotations/train2017, /nowhere/coco/",
-        ),
-        (["--batch-size", "3", "--accumulate", "2"], "--batch-size 3 does not divide"),
-        (
-            ["--dataset", "toy", "--clip", "ViT-B-16", "--pretrained", "openai"],
-            "use --clip ViT-B-16-quickgelu",
-        ),
-    ],
-)
-def test_bad_flags_are_one_sentence(tmp_path, flags, words):
-    done = run("train.py", "--out", tmp_path / "o", *flags, check=False)
-    assert (
-        done.returncode == 1
-        and words in done.stderr
-        and "Traceback" not in done.stderr
-        and done.stderr.count("\n") == 1
-    )
-
-
-def test_sigterm_finishes_the_step_and_writes_a_checkpoint(folder, tmp_path):
-    out = tmp_path / "o"
-    command = [
-        sys.executable,
-        "train.py",
-        "--dataset",
-        f"folder:{folder}",
-        "--out",
-        out,
-        *FAST,
-        "--steps",
-        "10000",
-        "--save-every",
-        "0",
-        "--workers",
-        "1",
-    ]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    while not (out / "log.jsonl").exists() or "total_loss" not in (out / "log.jsonl").read_text():
-        assert process.poll() is None
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGTERM)  # as torchrun does: loader processes too
-    stdout, _ = process.communicate(timeout=30)
-    step = torch.load(out / "last.pt", weights_only=True)["step"]
-    assert (
-        process.returncode == 130
-        and step > 0
-        and f"stopped after step {step} as asked; the same command goes on" in stdout
-    )
-
-
-def test_compiled_steps_equal_eager_ones(folder, tmp_path, go, monkeypatch):
-    """--compile, with passes that accumulate, a head that is recomputed and a resumed run. The
-    model is traced as one graph, which runs as it is: generating C++ is slow (gpu.py does)."""
+def test_compiled_and_recomputed_steps_equal_plain_ones(go, monkeypatch):
+    """Also with micro-batches. The model is traced as one graph, which runs as it is: generating
+    C++ is slow (gpu.py does)."""
     compiled, module_compile = [], torch.nn.Module.compile
 
     def compile_(module):
@@ -511,34 +215,143 @@ def test_compiled_steps_equal_eager_ones(folder, tmp_path, go, monkeypatch):
         module_compile(module, backend="eager", fullgraph=True)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_)
-    monkeypatch.setenv("CXX", sys.executable)  # any program that is there
-    flags = ("--accumulate", "2", "--recompute-head", "--tpa-steps", "0")
-    go("compiled", *flags, "--compile", "--steps", "1")
-    a, b = go("compiled", *flags, "--compile", "--steps", "2"), go("eager", *flags, "--steps", "2")
-    assert len(compiled) == 2
-    assert list(a["model"]) == list(b["model"])
-    moved = 0
-    for name, t in tensors(b).items():
-        torch.testing.assert_close(tensors(a)[name], t, rtol=0, atol=1e-5, msg=name)
-        moved += not torch.equal(t, b["original"].get(name, t))
-    assert moved > 5
+    flags = ("--accumulate=2", "--tpa-steps=0", "--steps=2")
+    a, b, c = (go(name, *flags, *more)[0] for name, more in (
+        ("a", ()), ("b", ["--recompute-head"]), ("c", ["--recompute-head", "--compile"])))
+    assert len(compiled) == 1 and a["model"].keys() == c["model"].keys()
+    assert_near(a, b)
+    assert_near(a, c)
 
 
-def test_compile_without_a_compiler_is_refused(go, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(
-        UserError, match="--compile needs a C\\+\\+ compiler, and there is no no-su"
-    ):
-        go("a", "--compile")
-
-
-def test_weights_to_start_from_keep_their_bias(tmp_path):
-    """--prior is for a head that has learnt nothing yet."""
-    args = train.parse(["--pretrained", "none", "--channels", "16", "--prior", "0.2"])
+def test_init_cat_seg_brings_every_weight(tmp_path):
+    """The prior is for a head that has learnt nothing yet."""
+    args = train.parse([])
+    args.pretrained = "none"
     model = train.build_model(args, 0)
-    assert model.head.logit.bias.sigmoid().item() == pytest.approx(0.2)
+    assert model.head.logit.bias.sigmoid().item() == pytest.approx(args.prior)
     torch.nn.init.constant_(model.head.logit.bias, 7.0)
-    path = tmp_path / "start.pt"
-    torch.save(dict(config=model.config, model=model.state_dict()), path)
-    args.init_cat_seg = str(path)
-    assert train.build_model(args, 0).head.logit.bias.item() == 7.0
+    torch.save(dict(config=model.config, model=model.state_dict()), tmp_path / "start.pt")
+    again = train.build_model(train.parse([f"--init-cat-seg={tmp_path}/start.pt", "--seed=5"]), 0)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+# Several processes
+
+
+def test_two_processes_equal_one_on_the_joined_batch(folder, start):
+    """With images that have no label, and so no reference patch: each process has another number
+    of those that count. SPD and CPA weigh much, and are not lost in L_SEG."""
+    for i in (1, 4):
+        Image.new("L", (80, 60), 255).save(folder / f"masks/train/{i}.png")
+    flags = ("--lambda-spd=10", "--lambda-cpa=10", "--tpa-lr=1e-5", "--eval-every=0")
+    [one], [two, other] = start("one", *flags), start("two", *flags, processes=2)
+    for process in (one, two, other):
+        ends(process, 0)
+    assert_near(*(torch.load(p.out / "last.pt", weights_only=True) for p in (one, two)))
+    for x, y in zip(read_log(one.out), read_log(two.out), strict=True):
+        for name in x.keys() - {"seconds", "gpu_memory_gb", "grad_norm", "classes"}:
+            assert x[name] == pytest.approx(y[name], rel=1e-3, abs=1e-4), name
+
+
+def test_the_command_as_it_stands(tmp_path):
+    """torchrun train.py --dataset coco-stuff: data where CAT-Seg's users have them, results in
+    out/coco-stuff."""
+    coco = tmp_path / "data/coco-stuff"
+    for split, (i, colour) in itertools.product(("train", "val"), enumerate(("red", "blue"))):
+        for place in (f"images/{split}2017", f"annotations/{split}2017"):
+            (coco / place).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (70, 66), colour).save(coco / f"images/{split}2017/{i:012}.jpg")
+        Image.new("L", (70, 66), i).save(coco / f"annotations/{split}2017/{i:012}.png")
+    small = "--clip tiny --image-size 32 --steps 2 --batch-size 2 --tpa-steps 1".split()
+    done = run(ROOT / "train.py", "--dataset", "coco-stuff", *small, processes=2, cwd=tmp_path,
+               env={"DETECTRON2_DATASETS": str(tmp_path / "data")})
+    assert {path.name for path in (tmp_path / "out/coco-stuff").iterdir()} == FILES
+    assert "171 classes" in done.stdout and "zero-shot" in done.stdout
+    assert "val has 2 images, and a complete download 5000" in done.stdout
+
+
+# Resuming under other flags
+
+
+def test_what_a_resumed_run_may_change(go, folder, tmp_path):
+    """It keeps the CLIP it began with, and its data may have moved."""
+    a, _ = go("a", "--steps=2")
+    for flag in ("--seed=1", "--distill=frozen", "--adapt=visual", "--batch-size=2",
+                 "--image-size=64", "--steps=1"):
+        name = flag.partition("=")[0]
+        with pytest.raises(UserError, match=f"last.pt .*{name} .*: use another --out"):
+            go("a", flag)
+    moved = folder.rename(tmp_path / "moved")
+    b, _ = go("a", f"--dataset=folder:{moved}", "--lr=1e-3", "--tau=0.5", "--alpha=0.5",
+              "--clip-lr-factor=0.03")
+    assert b["step"] == 3 and b["args"]["tau"] == 0.5
+    rates = [group["base_lr"] for group in b["optimiser"]["param_groups"]]
+    assert rates == pytest.approx([1e-3, 1e-3, 3e-5])
+    assert a["original"].keys() == b["original"].keys()
+    assert all(torch.equal(a["original"][k], t) for k, t in b["original"].items())
+    for path in (moved / "masks/train/4.png", moved / "images/train/4.jpg"):
+        path.rename(path.with_stem("7"))
+    with pytest.raises(UserError, match="last.pt was trained with .*images"):
+        go("a", f"--dataset=folder:{moved}", "--steps=4")
+    (moved / "classes.txt").write_text("red thing\ngreen thing\npink thing")
+    with pytest.raises(UserError, match="last.pt was trained with .*blue thing.*, not .*pink"):
+        go("a", f"--dataset=folder:{moved}", "--steps=4")
+
+
+def test_a_finished_run_is_evaluated_again_and_restart_begins_anew(go, tmp_path):
+    a, _ = go("a")
+    log, results = read_log(tmp_path / "a"), (tmp_path / "a/results.json").read_text()
+    b, _ = go("a")
+    assert all(torch.equal(tensor, b["model"][name]) for name, tensor in a["model"].items())
+    assert read_log(tmp_path / "a") == log and (tmp_path / "a/results.json").read_text() == results
+    c, steps = go("a", "--restart", "--steps=1")
+    assert c["step"] == 1 and [line["step"] for line in steps] == [1]
+
+
+# Flags
+
+
+@pytest.mark.parametrize("flag", (
+    "--lambda-spd=-1 --lambda-cpa=nan --tau=0 --tau=inf --alpha=2 --steps=0 --steps=1.5 --lr=-1 "
+    "--batch-size=0 --accumulate=0 --save-every=-1 --image-size=8 --seed=-1 --tpa-steps=-1 --lr=x "
+    "--adapt=head --distill=clip --precision=fp8 --step=3").split())
+def test_flags_out_of_range_are_refused(flag, capsys):
+    with pytest.raises(SystemExit) as e:
+        train.parse([flag])
+    assert e.value.code == 2
+    assert f"{flag.partition('=')[0]}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_flags_are_few_and_in_four_groups(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    text = capsys.readouterr().out
+    groups = re.findall(r"^(\w[\w ]*):$", text, re.MULTILINE)
+    assert len(groups) == 1 + 4 and groups[0] == "options"  # the first holds --help
+    assert len(re.findall(r"^  --[\w-]+", text, re.MULTILINE)) <= 32
+
+
+def test_defaults_follow_the_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for dataset, folder in (("coco-stuff", "coco-stuff"), ("folder:a/b/", "b"),
+                            ("folder:.", tmp_path.name), ("toy:3", "toy-3")):
+        args = train.parse([f"--dataset={dataset}"])
+        assert args.out == f"out/{folder}" and args.steps == (320 if "toy" in folder else 80_000)
+        own = ("tiny", "toy") if "toy" in folder else ("ViT-B-16-quickgelu", "openai")
+        assert (args.clip, args.pretrained) == own
+    assert train.parse(["--dataset=folder:x", "--clip=tiny"]).pretrained == "none"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert train.parse(["--accumulate=2"]).batch_size == 6
+    with pytest.raises(UserError, match="--batch-size 8 does not divide among"):
+        train.parse(["--accumulate=2", "--batch-size=8"])
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--dataset folder:/nowhere", "/nowhere/classes.txt"), ("--unseen pink", "--unseen pink"),
+    ("--dataset nothing", "--dataset nothing: "), ("--pretrained /x.pt", "--pretrained /x.pt"),
+    ("--pretrained none --image-size 100", "--clip tiny with --image-size 100: "),
+    ("--init-cat-seg /nowhere.pt", "/nowhere.pt: no such checkpoint")])
+def test_what_cannot_be_is_named(tmp_path, flags, words):
+    with pytest.raises(UserError, match=words):
+        train.main(train.parse([*flags.split(), f"--out={tmp_path}"]))

@@ -1,0 +1,179 @@
+"""The one door for accidents: processes, the lock of a run's folder, signals and errors."""
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from support.files import UserError
+
+TIMEOUT = timedelta(minutes=30)  # how long a process waits for the others
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1")
+           if hasattr(signal, name)]  # Ctrl-C; schedulers; SLURM's --signal=USR1@90
+stop_asked = False  # a signal came while `defer_signals` held
+
+
+@contextlib.contextmanager
+def door():
+    """Stands around a main function. A UserError ends the process with its sentence and status 1,
+    a signal with 130; any other exception is a mistake of this project and keeps its traceback."""
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    answer_signals(signal.default_int_handler)  # raises KeyboardInterrupt
+    try:
+        yield
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.stdout.flush()
+    except UserError as e:
+        leave(1, f"error: {e}")
+    except KeyboardInterrupt:
+        leave(130, "stopped")
+    except torch.OutOfMemoryError as e:
+        leave(1, f"error: {e}; --accumulate 2 and --recompute-head need less memory")
+    except RuntimeError as e:
+        if not dist.is_initialized() or not re.search("gloo|nccl", str(e), re.IGNORECASE):
+            raise
+        first_line = str(e).strip().splitlines()[0]
+        leave(1, f"error: rank {dist.get_rank()} lost contact with another process ({first_line}); "
+                 "that process says why, unless it hangs or was killed")
+
+
+def leave(status, sentence):
+    """End with this as the last line. In a process group at once: the threads of its collectives
+    would wait for the other processes."""
+    print(sentence, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if dist.is_initialized():
+        os._exit(status)
+    sys.exit(status)
+
+
+class Stream:
+    """stdout or stderr. When it breaks (its reader has ended, its terminal was closed), it becomes
+    /dev/null and the run goes on; characters that it cannot show are escaped."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None where it was closed at the start
+        if hasattr(self.stream, "reconfigure"):  # not in a notebook
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text):
+        return self.guard(self.stream.write, text)
+
+    def flush(self):
+        self.guard(self.stream.flush)
+
+    def guard(self, function, *arguments):
+        try:
+            return function(*arguments)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def answer_signals(handler):
+    """Have signals answered, except those that nohup or a shell's & has set to be ignored."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def defer_signals():
+    """From now on a signal only sets `stop_asked`: the loop finishes its step and saves."""
+    def ask(number, frame):
+        global stop_asked
+        stop_asked = True
+
+    answer_signals(ask)
+
+
+def anyone_asked_to_stop():
+    """True if any process was asked to stop. Called after every step by all processes."""
+    if not dist.is_initialized():
+        return stop_asked
+    answer = torch.tensor(int(stop_asked))
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+    return bool(answer)
+
+
+def loader_process(worker_id):
+    """Ctrl-C and torchrun's signals go to a whole process group. They are for the training process,
+    which ends its loaders itself, so a loader process leaves the group."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
+def torchrun():
+    """(rank, number of processes, rank on this machine) as torchrun says, else of one process."""
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return 0, 1, 0
+    return tuple(int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+
+
+def start_processes():
+    """Join torchrun's process group, if there is one. Returns (rank, number of processes, device).
+    Collectives of CPU tensors use gloo, those of GPU tensors NCCL."""
+    rank, world, local = torchrun()
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise UserError(f"there is no GPU for process {local} of this machine, which has "
+                            f"{torch.cuda.device_count()}: start one process per GPU")
+        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions by default
+    else:
+        keep_memory()
+    if world > 1:
+        dist.init_process_group(backend, timeout=TIMEOUT,
+                                device_id=device if device.type == "cuda" else None)
+    return rank, world, device
+
+
+def keep_memory():
+    """Have glibc keep the memory of large tensors instead of faulting it in anew at every step,
+    which takes half of a step's time on CPUs."""
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def agree(value, what):
+    """Raises UserError when the processes do not all have the same value."""
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        different = [rank for rank, other in enumerate(values) if other != values[0]]
+        if different:
+            raise UserError(f"{what} differ between process 0 and process {different[0]}: "
+                            f"{values[0]} and {values[different[0]]}")
+
+
+def lock_folder(out):
+    """Make the folder `out` and keep other runs out of it until this process, the first of its
+    group, has ended, however that happens. Raises UserError."""
+    if torchrun()[0] > 0:
+        return
+    try:
+        import fcntl  # not on Windows
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except (ImportError, OSError) as e:
+        raise UserError(f"--out {out} can't be written to, or locked ({e})") from e
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loaders inherit
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"--out {out} is in use by another run: use another, or wait") from None
+    except OSError as e:
+        print(f"note: {out} is on a file system without locks ({e}): start no second run in it")
+    for leftover in out.glob(".*.partial"):  # `replacing` was killed
+        leftover.unlink()

@@ -1,0 +1,181 @@
+"""Checkpoints: written whole, taken back bit for bit, and CAT-Seg's published ones read. What is
+wrong with a file becomes a UserError that names it; nothing in a file is executed."""
+import hashlib
+import re
+import warnings
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.distributed as dist
+
+from model import build, clip_sizes
+from support import accidents
+from support.files import UserError, reading, replacing
+
+FIXED = ("clip", "image_size", "adapt", "distill", "batch_size", "seed")  # flags, for `resume`
+CAT_SEG = {  # by the shape of the patch embedding's kernel, the CLIP of its published checkpoints
+    (768, 3, 16, 16): "ViT-B-16-quickgelu", (1024, 3, 14, 14): "ViT-L-14-336-quickgelu"}
+CAT_SEG_NAMES = {  # what in the names of its tensors becomes what, in this order
+    "sem_seg_head.predictor.transformer": "head",
+    "sem_seg_head.predictor.clip_model": "text_encoder",
+    "text_encoder.visual": "image_encoder.visual", "text_encoder.logit_scale": "logit_scale",
+    "head.conv1": "head.embed", "head.head": "head.logit",
+    "head.guidance_projection.0": "head.image_guidance",
+    "text_guidance_projection.0": "text_guidance",
+    r"decoder_guidance_projection.(\d).0": r"middle_guidance.\1",
+    "upsample1": "head.middle_up.0", "upsample2": "head.middle_up.1",
+    r"layers.(\d).swin_block": r"spatial.\1",
+    r"block_1.(attn\.)?": "blocks.0.", r"block_2.(attn\.)?": "blocks.1.",
+    "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2",
+    r"layers.(\d).attention(.attention)?": r"classes.\1",
+    "MLP": "mlp", "padding_tokens": "padding_token",
+    "decoder1": "decoder.0", "decoder2": "decoder.1",
+    "conv.double_conv.0": "conv1", "conv.double_conv.1": "norm1",
+    "conv.double_conv.3": "conv2", "conv.double_conv.4": "norm2"}
+
+
+def from_cat_seg(state):
+    """CAT-Seg's state dict under our names, without its constant attn_mask buffers."""
+    ours = {}
+    for name, tensor in state.items():
+        for theirs, replacement in CAT_SEG_NAMES.items():
+            name = re.sub(theirs, replacement, name)
+        if not name.endswith("attn_mask"):  # model.SwinBlock.mask computes it
+            ours[name] = tensor.flatten() if ".padding_" in name else tensor  # theirs are [1,1,C]
+    return ours
+
+
+def tensors_in(contents, name=""):
+    """(name, tensor) of every tensor in nested dicts and lists."""
+    if isinstance(contents, torch.Tensor):
+        yield name, contents
+    elif isinstance(contents, (dict, list, tuple)):
+        items = contents.items() if isinstance(contents, dict) else enumerate(contents)
+        for key, value in items:
+            yield from tensors_in(value, f"{name}.{key}".removeprefix("."))
+
+
+def read(path):
+    """{"config", "model", ...} of a checkpoint that train.py wrote, or the same made of one that
+    CAT-Seg published. Raises UserError."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint file")
+    with reading(path, "a checkpoint of train.py, or of CAT-Seg with ViT-B/16 or ViT-L/14@336"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        for name, tensor in tensors_in(checkpoint):
+            if tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.nbytes:
+                raise ValueError(f"{name} claims more memory than the file holds")
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"{name} is not finite")
+        state = {name.replace("_orig_mod.", ""): t for name, t in checkpoint["model"].items()}
+        if "config" in checkpoint:
+            return {**checkpoint, "model": state}
+        kernel = state["sem_seg_head.predictor.clip_model.visual.conv1.weight"]
+        config = dict(clip=CAT_SEG[kernel.shape], image_size=384, channels=128)
+        return {"config": config, "model": from_cat_seg(state)}
+
+
+def build_from(checkpoint, path):
+    """The Segmenter in what `read` gave; path only names it in errors. Names and shapes are
+    compared before any memory is taken."""
+    with reading(path, "a checkpoint"):
+        config = {name: checkpoint["config"][name] for name in ("clip", "image_size", "channels")}
+        with torch.device("meta"):
+            model = build(**config)
+        state = {name: tensor.float() for name, tensor in checkpoint["model"].items()}
+        model.load_state_dict(state, assign=True)
+    return model
+
+
+def load(path):
+    """The Segmenter in a checkpoint that train.py wrote, or that CAT-Seg published."""
+    return build_from(read(path), path)
+
+
+def load_weights(model, path):
+    """Fill a Segmenter from a checkpoint: --init-cat-seg. Raises UserError."""
+    state = read(path)["model"]
+    with reading(path, f"weights of {model.config['clip']}"):
+        model.load_state_dict(state)
+
+
+def load_clip(clip, pretrained):
+    """An open_clip.model.CLIP with published weights. clip: see `model.build`; pretrained: one of
+    open_clip's tags ("openai" is downloaded once), or a file. Raises UserError, also where weights
+    and model differ in their activation."""
+    with reading(f"--pretrained {pretrained}", f"weights of --clip {clip}"):
+        sizes = clip_sizes(clip)
+        url = open_clip.get_pretrained_url(clip, "openai")
+        if clip != "tiny" and not published_by_openai(pretrained, url):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "QuickGELU mismatch")
+                return open_clip.create_model(clip, pretrained)
+        network = open_clip.model.CLIP(**sizes)
+        if clip == "tiny":
+            open_clip.load_checkpoint(network, pretrained)
+        else:
+            state = torch.jit.load(pretrained, map_location="cpu").state_dict()
+            network.load_state_dict({name: state[name] for name in network.state_dict()})
+        return network
+
+
+def published_by_openai(path, url):
+    """Whether a file is the one at OpenAI's url, which holds its SHA-256. These files are programs
+    (TorchScript), so no other file of this kind is opened."""
+    if not url or not Path(path).is_file():
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() in url
+
+
+def save(path, step, model, original, **run):
+    """Write a checkpoint, on process 0. run: further objects by name; of those that have a state,
+    such as the optimiser, the state is written."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    start = {name: tensor for name, tensor in original.state_dict().items()
+             if name in trained and not name.startswith("head.")}
+    states = {name: thing.state_dict() if hasattr(thing, "state_dict") else thing
+              for name, thing in run.items()}
+    with replacing(path) as file:
+        torch.save(dict(config=model.config, model=model.state_dict(), original=start, step=step,
+                        **states), file)
+
+
+def resume(path, model, original, momentum, optimiser, scaler, args, names, data):
+    """Fill the objects with what `save` has written of them. Returns the step, or None where there
+    is no checkpoint; all processes agree on it. Learning rates and the like are from now on as
+    args says. Raises UserError when the checkpoint is of other classes, images or FIXED flags."""
+    step = None
+    if path.is_file():
+        state = read(path)
+        with reading(path, "a checkpoint to resume from"):
+            step = state["step"]
+            if type(step) is not int or not 0 <= step <= args["steps"]:
+                raise UserError(f"{path} is at step {step} of --steps {args['steps']}: use another "
+                                "--out, or --restart")
+            then = {"class names": state["names"], "digest of the images' names": state["data"]}
+            now = {"class names": names, "digest of the images' names": data}
+            for flag in FIXED:
+                option = "--" + flag.replace("_", "-")
+                then[option], now[option] = state["args"][flag], args[flag]
+            for what in now:
+                if then[what] != now[what]:
+                    raise UserError(f"{path} was trained with {what} {str(then[what])[:200]}, not "
+                                    f"{str(now[what])[:200]}: use another --out, or --restart")
+            model.load_state_dict(state["model"])
+            original.load_state_dict({**state["model"], **state["original"]})
+            if momentum:
+                momentum.load_state_dict(state["momentum"])
+            groups = optimiser.state_dict()["param_groups"]
+            moments = state["optimiser"]["state"]
+            optimiser.load_state_dict({"state": moments, "param_groups": groups})
+            for parameter, averages in optimiser.state.items():
+                if averages["exp_avg"].shape != parameter.shape:
+                    raise ValueError("the optimiser's state has other shapes")
+            if state["scaler"]:
+                scaler.load_state_dict(state["scaler"])
+    accidents.agree(step, f"the steps of {path} (--out should be one folder for all nodes)")
+    return step

@@ -1,0 +1,69 @@
+"""Files and flags: what is wrong with one is said in a sentence, and what is written is whole."""
+import argparse
+import contextlib
+import json
+import math
+import os
+import secrets
+
+
+class UserError(ValueError):
+    """What the user can mend: a file, a flag, a disk. Its text is one sentence that names it, and
+    is shown without a traceback (`accidents.door`)."""
+
+
+@contextlib.contextmanager
+def reading(path, kind):
+    """Whatever a library raises on a broken or foreign file becomes a UserError that names it."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is not a regular file")  # a pipe would block for ever
+        yield
+    except ImportError as e:
+        raise UserError(f"{path} needs a package to be read: pip install {e.name}") from e
+    except Exception as e:
+        if isinstance(e, UserError) and str(path) in str(e):
+            raise
+        said = " ".join(str(e).split()) or type(e).__name__
+        if isinstance(e, KeyError):
+            said = f"there is no {said} in it"
+        raise UserError(f"{path} can't be read as {kind} ({said[:300]})") from e
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Gives a binary file that becomes `path` whole or not at all: it is written under another
+    name, flushed to the disk and renamed. Makes the folder if need be. Raises UserError."""
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as e:  # torch.save raises either
+        raise UserError(f"{path} can't be written ({' '.join(str(e).split())[:300]})") from e
+    finally:
+        with contextlib.suppress(OSError):  # it has been renamed, or the disk is read-only
+            temporary.unlink()
+
+
+def write_json(contents, path):
+    """Write a JSON file. Returns the path. Raises UserError."""
+    with replacing(path) as file:
+        file.write(json.dumps(contents, indent=1).encode())
+    return path
+
+
+def number(kind, low, high=math.inf):
+    """A `type` for argparse: an int or a float (kind) from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value):  # NaN is in no range
+            limits = f"from {low} to {high}" if math.isfinite(high) else f"of at least {low}"
+            raise argparse.ArgumentTypeError(f"{text} should be a number {limits}")
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"  # argparse: invalid number value
+    return parse

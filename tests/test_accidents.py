@@ -1,0 +1,349 @@
+"""What users and machines do to a run: kills, signals, lost processes, broken files, odd streams.
+Most of it happens to processes of their own, which a server forks, so that none imports torch."""
+import errno
+import io
+import json
+import math
+import multiprocessing
+import os
+import pwd
+import runpy
+import signal
+import socket
+import sys
+import time
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import model
+import train
+from conftest import ROOT
+from sources import readers
+from support import accidents, checkpoint
+from support.files import UserError
+from test_checkpoint import TEXT, VISION
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train", "pytest"])
+FAST = ("--clip=tiny --image-size=32 --batch-size=16 --steps=4 --tpa-steps=1 --eval-every=0 "
+        "--save-every=0").split()
+PRELUDE = """
+import os, signal, sys, time
+from datetime import timedelta
+import data, ema, evaluate, losses
+from support import accidents, pictures
+pictures.curves = evaluate.examples = lambda *everything: None  # half the time of so small a run
+
+def third(place, name, fate):  # a function's third call meets its fate first
+    function, calls = getattr(place, name), []
+    def counting(*arguments):
+        calls.append(0)
+        if len(calls) == 3:
+            fate()
+        return function(*arguments)
+    setattr(place, name, counting)
+"""
+RANK_1 = "if os.environ['RANK'] == '1': "
+
+
+def script(words, prelude, env, command):
+    """Run a script as from a shell, in a process group of its own. Its output goes to a file."""
+    with open(words, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.setpgrp()
+    os.environ.update(env, CUDA_VISIBLE_DEVICES="")
+    torch.set_num_threads(1)
+    sys.argv = command
+    exec(PRELUDE + prelude, {})
+    runpy.run_path(command[0], run_name="__main__")
+
+
+@pytest.fixture
+def start(folder, tmp_path):
+    """start(name, *flags, processes=1, prelude=Python to run first) -> processes that train into
+    tmp_path/name. Each has the attributes out and words, the file of its output."""
+    started = []
+
+    def go(name, *flags, processes=1, prelude=""):
+        with socket.create_server(("localhost", 0)) as free:
+            env = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
+        command = [str(ROOT / "train.py"), f"--dataset=folder:{folder}", *FAST, *flags]
+        for rank in range(processes):
+            words = tmp_path / f"{len(started)}.txt"
+            words.touch()
+            env |= dict(WORLD_SIZE=str(processes), RANK=str(rank))
+            process = FORKS.Process(target=script, args=(
+                words, prelude, env, [*command, f"--out={tmp_path / name}"]))
+            process.start()
+            process.words, process.out = words, tmp_path / name
+            started.append(process)
+        return started[-processes:]
+
+    yield go
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def ends(process, status):
+    """Waits for its end, with this status. Returns its output."""
+    process.join(100)
+    said = process.words.read_text()
+    assert process.exitcode == status, f"exit status {process.exitcode}: {said[-3000:]}"
+    return said
+
+
+def one_sentence(said, *words):
+    """The last line is the only error, with these words in it, and there is no traceback."""
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("error: ") and said.count("error: ") == 1 and "Traceback" not in said
+    assert all(word in last for word in words), last
+
+
+def step_of(out):
+    return torch.load(out / "last.pt", weights_only=True)["step"]
+
+
+def read_log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_end(a, b):
+    """Two runs' weights, momentum, optimiser, log and results are equal bit for bit."""
+    x, y = (torch.load(out / "last.pt", weights_only=True) for out in (a, b))
+    assert x["optimiser"].pop("param_groups") == y["optimiser"].pop("param_groups")
+    for name in ("step", "model", "original", "momentum", "optimiser", "scaler"):
+        torch.testing.assert_close(x[name], y[name], rtol=0, atol=0, msg=name)
+    x, y = ([{**line, "seconds": 0} for line in read_log(out)] for out in (a, b))
+    assert x == y
+    x, y = (json.loads((out / "results.json").read_text()) for out in (a, b))
+    assert (x["start"], x["trained"]) == (y["start"], y["trained"])
+
+
+# Kills and signals
+
+MOMENTS = {"while a file is written": "os, 'fsync'", "in a step": "ema.MomentumEncoder, 'update'"}
+
+
+def test_killed_at_any_moment_a_run_ends_bit_for_bit_like_an_undisturbed_one(start):
+    """Weights, momentum, optimiser, log and results, also with other loaders."""
+    often = ("--eval-every=2", "--save-every=1")
+    fate = "lambda: os.kill(os.getpid(), signal.SIGKILL)"
+    killed = [start(moment, *often, prelude=f"third({function}, {fate})")
+              for moment, function in MOMENTS.items()]
+    [whole] = start("whole", *often)
+    for [process] in killed:
+        ends(process, -signal.SIGKILL)
+        assert step_of(process.out) in (1, 2), process.out  # and it can be read
+    again = [start(moment, *often, f"--workers={i % 2}") for i, moment in enumerate(MOMENTS)]
+    ends(whole, 0)
+    for [process] in again:
+        ends(process, 0)
+        assert_same_end(whole.out, process.out)
+
+
+BREAK = "r, w = os.pipe(); os.close(r); os.dup2(w, 1); os.dup2(w, 2)"  # the reader has ended
+
+
+@pytest.mark.parametrize("fate, processes", [
+    ("(os.kill(0, signal.SIGTERM), os.kill(0, signal.SIGTERM))", 1),
+    (f"(exec({BREAK!r}), os.kill(0, signal.SIGINT))", 1),  # Ctrl-C with 2>&1 | tee log
+    ("signal.raise_signal(signal.SIGUSR1)", 2)], ids=["SIGTERM twice", "Ctrl-C", "SIGUSR1"])
+def test_a_signal_finishes_the_step_and_saves(start, fate, processes):
+    """To a whole process group, with its loader, or to one process of two, which agree."""
+    prelude = f"{RANK_1 * (processes - 1)}third(ema.MomentumEncoder, 'update', lambda: {fate})"
+    run = start("o", "--steps=99", f"--workers={processes % 2}", processes=processes, prelude=prelude)
+    said = [ends(process, 130) for process in run]
+    assert step_of(run[0].out) == 3 and not (run[0].out / "results.json").exists()
+    assert "Traceback" not in "".join(said)
+
+
+def test_a_signal_before_training_ends_at_once(start):
+    prelude = "third(data, 'batches', lambda: signal.raise_signal(signal.SIGTERM))"
+    said = ends(start("o", prelude=prelude)[0], 130)
+    assert said.strip().splitlines()[-1] == "stopped" and "Traceback" not in said
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored(monkeypatch):
+    ignored, answered = {signal.SIGTERM: signal.SIG_IGN}, []
+    monkeypatch.setattr(signal, "getsignal", ignored.get)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: answered.append(number))
+    accidents.answer_signals(None)
+    assert answered == [signal.SIGINT, signal.SIGUSR1]
+
+
+def test_nan_stops_before_the_step_and_names_its_origin(training, tmp_path, monkeypatch):
+    calls, steps, loss, step = [], [], train.cpa_loss, torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append(0) or step(self))
+
+    def poisoned(*args):
+        calls.append(0)
+        return loss(*args) * (math.nan if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(train, "cpa_loss", poisoned)
+    with pytest.raises(UserError, match="^cpa_loss .*infinite at step 4; images .*jpg, .*jpg$"):
+        training("a", "--tpa-steps=0", "--image-size=32")
+    assert len(steps) == 3 and step_of(tmp_path / "a") == 2
+
+
+def test_the_log_survives_a_cut(tmp_path, monkeypatch):
+    """The last line was cut, and then the run that goes on is killed as it begins."""
+    path = tmp_path / "log.jsonl"
+    lines = [dict(step=n, lr=1.0) for n in range(1, 5)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "tot')
+    assert train.Log(path, 3) == lines[:3] and read_log(tmp_path) == lines[:3]
+    with monkeypatch.context() as m:
+        m.setattr(json, "dumps", lambda line: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            train.Log(path, 3)
+    assert read_log(tmp_path) == lines[:3]
+
+
+# Several processes and runs
+
+
+@pytest.mark.parametrize("fate", [
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN), time.sleep(1000)",
+    "os.kill(os.getpid(), signal.SIGKILL)", "data.open_dataset('none')"],
+    ids=["hangs", "killed", "fails"])
+def test_one_of_two_processes_is_lost(start, fate):
+    prelude = f"accidents.TIMEOUT = timedelta(seconds=12)\n{RANK_1}"
+    prelude += f"third(losses, 'patch_labels', lambda: ({fate}))"
+    first, second = start("o", "--tpa-steps=0", processes=2, prelude=prelude)
+    one_sentence(ends(first, 1), "rank 0 lost contact")
+    if "none" in fate:
+        one_sentence(ends(second, 1), "--dataset none: known are")
+
+
+@pytest.mark.parametrize("difference, words", [
+    ("sys.argv.append('--lr=0.07')", "0.07"),
+    ("data.read_names = lambda *_: ['red thing', 'blue thing', 'green thing']", "class names")])
+def test_processes_that_differ_do_not_train(start, difference, words):
+    for process in start("o", processes=2, prelude=RANK_1 + difference):
+        one_sentence(ends(process, 1), "differ between process 0 and process 1: ", words)
+
+
+def test_a_second_run_in_a_folder_is_refused(start):
+    [first] = start("o", prelude="data.open_dataset = lambda *a, **k: (print('here', flush=True), "
+                                 "time.sleep(1000))")
+    while "here" not in first.words.read_text():
+        assert first.is_alive(), first.words.read_text()
+        time.sleep(0.1)
+    one_sentence(ends(start("o")[0], 1), "/o is in use by another run")
+    first.kill()
+    first.join()
+    accidents.lock_folder(first.out)  # the lock ended with its holder
+
+
+def test_what_lies_in_the_folder_is_left_alone(tmp_path):
+    """But for what a killed run has left half written; and a link is not followed."""
+    for name in ("thesis.tmp", ".thesis.partial", ".last.pt.0123abcd.partial"):
+        (tmp_path / name).write_text("kept")
+    accidents.lock_folder(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"thesis.tmp", ".thesis.partial", ".lock"}
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/.lock").symlink_to(tmp_path / "thesis.tmp")
+    for out in (tmp_path / "linked", tmp_path / "thesis.tmp", tmp_path / "thesis.tmp/below"):
+        with pytest.raises(UserError, match=f"--out {out} can't be written"):
+            accidents.lock_folder(out)
+    assert (tmp_path / "thesis.tmp").read_text() == "kept"
+
+
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch, capsys):
+    error = OSError(errno.ENOLCK, "no locks")
+    monkeypatch.setattr("fcntl.lockf", mock.Mock(side_effect=error))
+    accidents.lock_folder(tmp_path)
+    assert "without locks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("elastic, slurm", ["00", "10", "01"])
+def test_restart_is_not_repeated_by_a_scheduler(monkeypatch, elastic, slurm):
+    """Neither by torchrun nor by SLURM, nor by SLURM that starts torchrun anew."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", elastic)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", slurm)
+    assert train.parse(["--restart"]).restart == (elastic + slurm == "00")
+
+
+@pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE"])
+def test_half_an_environment_is_one_process(tmp_path, monkeypatch, variable):
+    monkeypatch.setenv(variable, "3")
+    assert accidents.start_processes()[:2] == (0, 1)
+    assert train.parse(["--batch-size=2"]).batch_size == 2
+    accidents.lock_folder(tmp_path / "o")
+    assert (tmp_path / "o/.lock").exists()
+
+
+# Streams and homes
+
+
+@pytest.mark.parametrize("streams", [
+    f"{BREAK}; sys.stdout, sys.stderr = open(1, 'w'), open(2, 'w')",
+    "os.close(1); os.close(2); sys.stdout = sys.stderr = None"])  # >&- 2>&-
+def test_a_run_outlives_its_streams(start, streams):
+    [process] = start("o", "--steps=1", prelude=streams)
+    ends(process, 0)
+    assert (process.out / "results.json").is_file()
+
+
+def test_streams_of_a_notebook_and_of_an_ascii_terminal():
+    notebook, terminal = io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    for stream in (notebook, terminal):
+        print("café", file=accidents.Stream(stream), flush=True)
+    assert (notebook.getvalue(), terminal.buffer.getvalue()) == ("café\n", b"caf\\xe9\n")
+
+
+def test_a_user_without_home_or_name(training, monkeypatch):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    assert step_of(training("o", "--steps=1", "--tpa-steps=0", "--image-size=32")) == 1
+
+
+# Broken files
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_picture_ends_the_run_with_its_path(start, folder, workers):
+    (folder / "images/train/3.jpg").write_bytes(b"\xff\xd8 no more")
+    [process] = start("o", f"--workers={workers}")
+    one_sentence(ends(process, 1), "3.jpg can't be read as an image")
+
+
+def broken(content, other, rng):
+    """{what was done to it: bytes}."""
+    flipped, middle = bytearray(content), len(content) // 2
+    for place in [*rng.integers(0, len(content), 20), *rng.integers(0, min(len(content), 60), 3)]:
+        flipped[place] ^= 1 << rng.integers(8)
+    return {"cut": content[:middle], "cut early": content[:9], "cut late": content[:-5],
+            "flipped": flipped, "head": flipped[:60] + content[60:], "empty": b"",
+            "zeros": bytes(2000), "noise": rng.bytes(500), "other": other, "doubled": content * 2}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_broken_files_give_a_result_or_one_sentence(folder, tmp_path, monkeypatch):
+    """Ten kinds of harm to five kinds of files."""
+    monkeypatch.setattr(model, "TINY", dict(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT))
+    tiny = model.build("tiny", 32, 16)
+    torch.save(dict(config=tiny.config, model=tiny.state_dict()), tmp_path / "last.pt")
+    Image.fromarray(np.zeros((9, 9), np.uint8)).convert("P").save(tmp_path / "mask.tif")
+    read = {folder / "images/val/0.jpg": readers.read_image, tmp_path / "last.pt": checkpoint.load,
+            folder / "masks/val/0.png": readers.read_mask, folder / "classes.txt": data.read_names,
+            tmp_path / "mask.tif": readers.read_mask}
+    contents, rng, outcomes = [path.read_bytes() for path in read], np.random.default_rng(0), []
+    for i, path in enumerate(read):
+        assert read[path](path) is not None
+        for harm, content in broken(contents[i], contents[i - 1], rng).items():
+            path.write_bytes(content)
+            said = ""
+            try:
+                read[path](path)
+            except UserError as e:
+                said = str(e)
+            assert said.startswith(str(path) if said else "") and "\n" not in said, harm
+            outcomes.append(said != "")
+    assert len(outcomes) == 50 and sum(outcomes) > 30

@@ -1,0 +1,269 @@
+"""Checkpoints and published weights: what is read, and what is refused, how."""
+import hashlib
+import json
+import os
+import pickle
+import resource
+import sys
+
+import open_clip
+import pytest
+import torch
+import torch.nn as nn
+
+import evaluate
+import model
+from cat_seg_reference import SMALL, to_cat_seg
+from ema import MomentumEncoder, frozen_copy
+from model import build
+from support import accidents, checkpoint
+from support.files import UserError
+
+VISION = dict(image_size=32, patch_size=8, width=32, layers=3, head_width=16, pool_type="avg")
+TEXT = dict(context_length=20, vocab_size=50, width=32, layers=2, heads=2)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch exploded",))
+
+
+def refusal(function, *arguments):
+    """The text of the UserError that a call raises: one line, and not advice to run code."""
+    with pytest.raises(UserError) as e:
+        function(*arguments)
+    text = str(e.value)
+    assert "\n" not in text and len(text) < 700, text
+    return text
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """make(seed) -> what train.py saves and resumes, of a model of half a megabyte."""
+    monkeypatch.setattr(model, "TINY", dict(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT))
+
+    def go(seed):
+        torch.manual_seed(seed)
+        segmenter = build("tiny", 32, 16)
+        trained = [p for p in segmenter.parameters() if p.requires_grad]
+        return dict(model=segmenter, original=frozen_copy(segmenter),
+                    momentum=MomentumEncoder(segmenter.image_encoder, 0.5),
+                    optimiser=torch.optim.AdamW([dict(params=trained, base_lr=0.1)], 0.1),
+                    scaler=torch.amp.GradScaler("cpu", enabled=True), names=["red", "blue"],
+                    data="abc", args={"steps": 9, **dict.fromkeys(checkpoint.FIXED, 1)})
+
+    return go
+
+
+def take_step(run):
+    """A step with gradients of one, which the momentum encoder follows."""
+    for p in run["optimiser"].param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    run["optimiser"].step()
+    run["momentum"].update()
+
+
+@pytest.fixture
+def saved(make, tmp_path):
+    """(path of a checkpoint of step 3, what was saved)."""
+    run = make(0)
+    take_step(run)
+    checkpoint.save(tmp_path / "last.pt", step=3, **run)
+    return tmp_path / "last.pt", run
+
+
+def assert_equal(state, other):
+    assert state.keys() == other.keys()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+# Our own
+
+
+def test_what_is_saved_is_resumed(saved, make):
+    path, run = saved
+    again = make(1)
+    assert checkpoint.resume(path, **again) == 3
+    assert_equal(run["model"].state_dict(), again["model"].state_dict())
+    assert_equal(run["momentum"].state_dict(), again["momentum"].state_dict())
+    for k in ("image_encoder", "text_encoder"):
+        first, second = (getattr(each["original"], k).state_dict() for each in (run, again))
+        assert_equal(first, second)
+    for each in (run, again):  # the optimisers' moments are equal too
+        take_step(each)
+    assert_equal(run["model"].state_dict(), again["model"].state_dict())
+    assert checkpoint.resume(path.with_name("none.pt"), **again) is None
+
+
+def test_a_loaded_segmenter_is_the_saved_one(saved, make):
+    path, run = saved
+    state, again = run["model"].state_dict(), make(1)["model"]
+    assert_equal(state, checkpoint.load(path).state_dict())
+    names = {f"_orig_mod.{name}": t for name, t in state.items()}  # as torch.compile has them
+    torch.save(dict(config=again.config, model=names), path)
+    checkpoint.load_weights(again, path)
+    assert_equal(state, again.state_dict())
+
+
+SPOILED = {  # {field: values of it that no run has written}
+    "step": (2.5, -1, True, "3", None, 10), "scaler": ({"scale": "x"}, 3),
+    "momentum": (None, {}, {"alpha": 0.5, "tensors": {}}, {"visual.proj": torch.zeros(2)}),
+    "optimiser": (None, {}, {"state": 3}, {"state": {0: {"exp_avg": 1}}},
+                  {"state": {0: {k: torch.zeros(2) for k in ("step", "exp_avg", "exp_avg_sq")}}}),
+    "original": (None, 3, {"logit_scale": torch.zeros(7)}), "names": (None, ["red"]),
+    "data": ("abd", None), "args": (None, {}, {"seed": 1}), "model": ({}, {"logit_scale": 3})}
+
+
+@pytest.mark.parametrize("field", SPOILED)
+def test_a_spoiled_field_is_refused_before_training(saved, make, field):
+    path, run = saved
+    contents, again = torch.load(path, weights_only=True), make(1)
+    without = {name: value for name, value in contents.items() if name != field}
+    for spoiled in (without, *({**contents, field: value} for value in SPOILED[field])):
+        torch.save(spoiled, path)
+        with pytest.raises(UserError, match=str(path)):
+            checkpoint.resume(path, **again)
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(saved):
+    path, run = saved
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, limits[1]))
+    try:
+        with pytest.raises(UserError, match=f"{path} can't be written"):
+            checkpoint.save(path, step=4, **run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and [*path.parent.iterdir()] == [path]
+
+
+def test_evaluate_reads_a_checkpoint_of_the_version_before(tiny, folder, tmp_path, monkeypatch):
+    trained = {k: t for k, t in tiny.state_dict().items() if "v_proj" in k}
+    momentum = {"alpha": 0.9, "tensors": {k: t for k, t in trained.items() if "image" in k}}
+    torch.save(dict(
+        config=tiny.config, model=tiny.state_dict(), original={k: -t for k, t in trained.items()},
+        momentum=momentum, step=7, args={"dataset": "folder:x"}, names=["red thing", "green thing"],
+        facts={"zero_shot": {}}, optimiser={"state": {}}, scaler={}), tmp_path / "last.pt")
+    monkeypatch.setattr(accidents, "answer_signals", lambda handler: None)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back in the end
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    scores = []
+    for more in ([], ["--zero-shot"]):
+        out = tmp_path / f"e{len(more)}"
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", f"--checkpoint={tmp_path / 'last.pt'}",
+                            f"--datasets=folder:{folder}", "--views=whole", f"--out={out}", *more])
+        evaluate.main()
+        scores.append(json.loads(next(out.glob("*.json")).read_text()))
+    assert scores[0]["step"] == 7 and scores[0]["seen"] is not None
+    assert scores[0]["classes"] != scores[1]["classes"]
+
+
+# What is none
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_checkpoint_is_refused_at_once_and_not_executed(saved, tmp_path, monkeypatch):
+    """Without taking the memory that it claims. (Broken ones: test_accidents.py.)"""
+    path, run = saved
+    monkeypatch.chdir(tmp_path)
+    config, state = run["model"].config, run["model"].state_dict()
+    good, vast = dict(config=config, model=state), torch.zeros(1).char().expand(10**6, 10**6)
+    nan, meta = torch.tensor([float("nan")]), torch.zeros(1, dtype=torch.int64, device="meta")
+    no_scale = {k: t for k, t in state.items() if k != "logit_scale"}
+
+    def with_config(**changed):
+        return {**good, "config": {**config, **changed}}
+
+    cases = {  # what the refusal says: what the file holds
+        "can't be read as a checkpoint": (
+            [1, 2], {"model": {"some.weight": nan}}, {"model": {1: nan}}, {"model": {"a": Bomb()}},
+            {**good, "config": Bomb()}, {**good, "config": 3}, with_config(clip=None),
+            with_config(clip="hf-hub:x/y"), with_config(image_size=10**9),
+            with_config(clip="ViT-bigG-14", image_size=224), with_config(channels=10**6),
+            {"model": {}, "config": {**config, "layers": 10**9}},
+            {**good, "model": {**state, "logit_scale": 3}},
+            {**good, "model": {**state, "logit_scale": torch.zeros(()).to_sparse()}}),
+        "there is no 'channels' in it": ({**good, "config": {"clip": "tiny", "image_size": 32}},),
+        "size mismatch": (with_config(channels=64),),
+        'Missing key(s) in state_dict: "logit_scale"': ({**good, "model": no_scale},),
+        "head.logit.bias is not finite": ({**good, "model": {**state, "head.logit.bias": nan}},),
+        "claims more memory": ({**good, "model": {**state, "logit_scale": vast}},
+                               {**good, "names": {"a": [vast]}},
+                               {**good, "model": {**state, "head.logit.bias": meta}})}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for words, files in cases.items():
+        for contents in files:
+            torch.save(contents, "file")
+            text = refusal(checkpoint.load, "file")
+            assert text.startswith("file can't be read as a checkpoint") and words in text, text
+    (tmp_path / "file").write_bytes(pickle.dumps(Bomb()))
+    refusal(checkpoint.load, "file")
+    assert not (tmp_path / "exploded").exists()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < memory + 500_000  # kilobytes
+    os.mkfifo("pipe")
+    for name in ("nowhere", ".", "pipe"):
+        assert refusal(checkpoint.load, name) == f"{name}: no such checkpoint file"
+
+
+# CAT-Seg's and CLIP's
+
+
+def test_a_cat_seg_checkpoint_is_told_by_its_content_and_every_name_counts(tmp_path):
+    with torch.device("meta"):
+        ours = build("ViT-B-16-quickgelu").state_dict()
+    mask = {"sem_seg_head.predictor.transformer.layers.0.swin_block.block_2.attn_mask": None}
+    assert checkpoint.from_cat_seg(to_cat_seg(ours) | mask).keys() == ours.keys()
+    for shape, clip in checkpoint.CAT_SEG.items():
+        kernel = {"sem_seg_head.predictor.clip_model.visual.conv1.weight": torch.zeros(shape)}
+        torch.save({"model": kernel, "iteration": 7}, tmp_path / "c.pth")
+        found = checkpoint.read(tmp_path / "c.pth")
+        assert found["config"] == dict(clip=clip, image_size=384, channels=128)
+        assert [*found["model"]] == ["image_encoder.visual.conv1.weight"]
+        assert "Missing key(s)" in refusal(checkpoint.load, tmp_path / "c.pth")
+
+
+@pytest.fixture
+def clip(tmp_path, monkeypatch):
+    """A small CLIP that open_clip knows as ViT-small."""
+    (tmp_path / "ViT-small.json").write_text(json.dumps(SMALL))
+    open_clip.add_model_config(tmp_path / "ViT-small.json")
+    monkeypatch.chdir(tmp_path)
+    return open_clip.model.CLIP(**SMALL)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_clip_in_published_formats(clip, monkeypatch):
+    """A state dict, open_clip's training checkpoint, safetensors; a program only if it is one that
+    OpenAI published, whose address holds its digest."""
+    from safetensors.torch import save_file
+    state = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
+    torch.save(state, "plain.pt")
+    torch.save({"state_dict": {f"module.{k}": t for k, t in state.items()}}, "training.pt")
+    save_file(state, "model.safetensors")
+    for module in clip.half().modules():
+        module.__class__ = nn.Module  # OpenAI's programs hold half precision; nothing runs here
+    torch.jit.script(clip).save("archive.pt")
+    refusal(checkpoint.load_clip, "ViT-small", "archive.pt")
+    with open("archive.pt", "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    monkeypatch.setattr(open_clip, "get_pretrained_url", lambda *a: f"https://x/{digest}/a.pt")
+    for name in ("plain.pt", "training.pt", "model.safetensors", "archive.pt"):
+        tolerance = 1e-3 if name == "archive.pt" else 0
+        for k, tensor in checkpoint.load_clip("ViT-small", name).state_dict().items():
+            torch.testing.assert_close(tensor, state[k], rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_clip_files_and_models_that_do_not_fit(clip, tmp_path, monkeypatch):
+    other = open_clip.model.CLIP(**{**SMALL, "embed_dim": 16}).state_dict()
+    for name, contents in {"other.pt": other, "bomb.pt": Bomb(), "list.pt": [1]}.items():
+        torch.save(contents, name)
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.pt").read_bytes()[:5000])
+    for name in ("other.pt", "bomb.pt", "list.pt", "cut.safetensors", "nowhere.pt", "no-such-tag"):
+        text = refusal(checkpoint.load_clip, "ViT-small", name)
+        assert text.startswith(f"--pretrained {name} can't be read as weights of --clip"), text
+    assert not (tmp_path / "exploded").exists()
+    monkeypatch.setattr(open_clip, "create_model", None)
+    for name in ("ViT-B-17", "hf-hub:x/y", "RN50", "ViT-B-16-SigLIP"):
+        assert f"weights of --clip {name} (" in refusal(checkpoint.load_clip, name, "openai")

@@ -1,0 +1,121 @@
+"""train.main on CUDA tensors that exist nowhere: PyTorch's FakeTensorMode knows shapes and devices
+and computes nothing. So a machine without a GPU shows where a CPU tensor meets a GPU's, and where
+the CPU waits for the GPU. Whatever is read from a tensor is 3, or True.
+"""
+import traceback
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn as nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conftest import ROOT
+
+aten = torch.ops.aten
+
+
+class Waits(TorchDispatchMode):
+    """Remembers in `lines` which lines of the project have the CPU wait for the GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+        if function in (aten.item.default, aten._local_scalar_dense.default):
+            self.note(tensors[0].is_cuda)
+            return True if tensors[0].dtype == torch.bool else 3
+        try:
+            result = function(*arguments, **options)
+        except DynamicOutputShapeException:  # an index by a mask, say, which picks one element here
+            self.note(tensors[0].is_cuda)
+            return tensors[0].new_zeros(1)
+        if function.overloadpacket in (aten.to, aten._to_copy, aten.copy_):
+            queued = result.is_cuda and (options.get("non_blocking") or arguments[-1] is True)
+            self.note(tensors[-1].is_cuda != result.is_cuda and not queued)
+        return result
+
+    def note(self, waits):
+        if waits:
+            frames = [frame for frame in traceback.extract_stack()
+                      if frame.filename.startswith(f"{ROOT}/") and frame.filename != __file__]
+            self.lines.append(f"{frames[-1].filename}:{frames[-1].lineno}")
+
+    def tolist(self, tensor):
+        self.note(tensor.is_cuda)
+        return [3.0] * len(tensor)  # where it has one dimension
+
+
+def to(module, device):
+    """nn.Module.to, which can't exchange fake parameters in place."""
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                part._parameters[name] = nn.Parameter(p.detach().to(device), p.requires_grad)
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = buffer.to(device)
+    return module
+
+
+@torch.no_grad()
+def backward(loss):
+    """Tensor.backward, node by node, as PyTorch's engine asks the driver for its streams."""
+    nodes, edges = [loss.grad_fn], Counter()
+    for node in nodes:  # which grow
+        for child, _ in node.next_functions:
+            if child and not edges[child]:
+                nodes.append(child)
+            edges[child] += 1
+    gradients, ready = {(loss.grad_fn, 0): torch.ones_like(loss)}, [loss.grad_fn]
+    for node in ready:  # which grow
+        inputs = [gradients.pop((node, i), None) for i in range(len(node._input_metadata))]
+        outputs = node(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else [outputs]
+        for (child, i), gradient in zip(node.next_functions, outputs):
+            if child and gradient is not None:
+                form = child._input_metadata[i]
+                assert gradient.device == form.device, f"{child} on {gradient.device}"
+                gradient = gradient.sum_to_size(form.shape).to(form.dtype)
+                sum_so_far = gradients.get((child, i))
+                gradients[child, i] = gradient if sum_so_far is None else sum_so_far + gradient
+            edges[child] -= 1
+            if child and not edges[child]:
+                ready.append(child)
+
+
+def batches(crops, size, start, stop, *others):
+    """data.batches without pictures."""
+    for _ in range(start, stop):
+        labels = torch.zeros(size, crops.size, crops.size, dtype=torch.int16)
+        yield torch.zeros(size, 3, crops.size, crops.size, dtype=torch.uint8), labels, ["a path"]
+
+
+@pytest.mark.parametrize("flags", ["--precision=bf16", "--precision=fp16", "--precision=fp32",
+                                   "--distill=pooled --precision=fp16", "--distill=none"])
+def test_a_step_on_a_gpu_mixes_no_devices_and_waits_twice(flags, training, monkeypatch):
+    """Mixed devices raise. Around the steps this runs TPA, evaluation and the log."""
+    waits, after = Waits(), []
+    for name, stub in {
+            "torch.cuda.is_available": lambda: True,
+            "torch.cuda.is_bf16_supported": lambda **options: True,
+            "torch._C._current_graph_task_id": lambda: 0,  # for torch.utils.checkpoint
+            "torch._subclasses.fake_tensor.FakeTensorMode.avoid_device_init": True,
+            "torch._subclasses.fake_tensor.FakeTensorMode.__deepcopy__": lambda mode, memo: mode,
+            "torch._subclasses.fake_tensor.FakeTensor.tolist": lambda x: waits.tolist(x),
+            "torch.nn.Module.to": to, "torch.Tensor.backward": backward, "data.batches": batches,
+            "support.accidents.start_processes": lambda: (0, 1, torch.device("cuda", 0)),
+            "support.accidents.anyone_asked_to_stop": lambda: after.append(len(waits.lines)),
+            "support.checkpoint.save": lambda *everything, **more: None,
+            "model.Segmenter.ambiguous": lambda model, names: "",
+            "data.count_labels": lambda *labels: 0, "data.first_look": lambda *labels: "",
+            "evaluate.examples": lambda *everything: None,
+            "evaluate.confusion_matrix": lambda a, b, K: (a - b).new_zeros(K, K)}.items():
+        monkeypatch.setattr(name, stub, raising=False)
+    with FakeTensorMode(allow_non_fake_inputs=True), waits:
+        training("run", "--steps=2", "--tpa-steps=1", "--image-size=32", *flags.split())
+    lines = waits.lines[after[0]:after[1]]
+    assert len(lines) <= 3, f"two waits a step, one more when it is logged, not {lines}"

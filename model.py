@@ -31,6 +31,10 @@ TINY = dict(  # the toy world's CLIP: small enough to pre-train in a minute or t
     text_cfg=dict(context_length=20, width=128, layers=2, heads=4))
 
 
+def device_type(x):
+    return "cuda" if x.is_cuda else "cpu"  # what autocast knows: no meta
+
+
 def lowered(parameter, dtype):
     """The parameter in this dtype. The cast of one that does not train is kept on it until it
     changes; autocast would cast it at every use, and once more for the teacher that shares it."""
@@ -55,7 +59,7 @@ def norm(layer, x):
     """layer(x) for a LayerNorm or GroupNorm, in the dtype of x. Autocast would cast x to float32
     and back, although the sums are in float32 either way."""
     weight, bias = lowered(layer.weight, x.dtype), lowered(layer.bias, x.dtype)
-    with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+    with torch.autocast(device_type(x), enabled=False):
         if isinstance(layer, nn.GroupNorm):
             return F.group_norm(x, layer.num_groups, weight, bias, layer.eps)
         return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
@@ -186,8 +190,8 @@ class TextEncoder(nn.Module):
         """tokens [K,n] -> text embeddings [K,D], of unit length. Attention is causal, so nothing
         after the end token (the highest id) matters and n need not be the full context."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if torch.is_autocast_enabled(device_type(x)):
+            x = x.to(torch.get_autocast_dtype(device_type(x)))
         for block in self.transformer.resblocks:
             x = run_block(block, x, causal=True)
         x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]  # [K,width]
@@ -315,7 +319,7 @@ class ClassAggregation(nn.Module):
         y = y + self.mlp(norm(self.norm2, y))
         if self.training:
             y = y.flatten(0, 1).permute(0, 3, 1, 2)  # [B*K,C,H/2,W/2]
-            with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):  # else in float32
+            with torch.autocast(device_type(x), enabled=False):  # else in float32
                 y = F.interpolate(y, (H, W), mode="bilinear", align_corners=True)
             y = y.permute(0, 2, 3, 1).unflatten(0, (B, K))
         return x + y

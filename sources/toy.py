@@ -1,4 +1,4 @@
-"""The embedded toy world: scenes with pixel labels. `toy` is world 0; another number, as in `toy:3`,
+"""The embedded toy world: scenes with pixel labels. `toy` is world 0; another number (`toy:3`)
 splits the names in another way, and has other scenes and another CLIP (see tiny_clip.py).
 
 A scene is a textured background with one to three objects. An object's class is a colour and a fill

@@ -106,12 +106,12 @@ def one_sentence(said, *words):
     assert all(word in last for word in words), last
 
 
-def step_of(out):
-    return torch.load(out / "last.pt", weights_only=True)["step"]
-
-
 def read_log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def step_of(out):
+    return torch.load(out / "last.pt", weights_only=True)["step"]
 
 
 def assert_same_end(a, b):
@@ -158,7 +158,8 @@ BREAK = "r, w = os.pipe(); os.close(r); os.dup2(w, 1); os.dup2(w, 2)"  # the rea
 def test_a_signal_finishes_the_step_and_saves(start, fate, processes):
     """To a whole process group, with its loader, or to one process of two, which agree."""
     prelude = f"{RANK_1 * (processes - 1)}third(ema.MomentumEncoder, 'update', lambda: {fate})"
-    run = start("o", "--steps=99", f"--workers={processes % 2}", processes=processes, prelude=prelude)
+    run = start("o", "--steps=99", f"--workers={2 - processes}", processes=processes,
+                prelude=prelude)
     said = [ends(process, 130) for process in run]
     assert step_of(run[0].out) == 3 and not (run[0].out / "results.json").exists()
     assert "Traceback" not in "".join(said)
@@ -249,9 +250,9 @@ def test_what_lies_in_the_folder_is_left_alone(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"thesis.tmp", ".thesis.partial", ".lock"}
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked/.lock").symlink_to(tmp_path / "thesis.tmp")
-    for out in (tmp_path / "linked", tmp_path / "thesis.tmp", tmp_path / "thesis.tmp/below"):
-        with pytest.raises(UserError, match=f"--out {out} can't be written"):
-            accidents.lock_folder(out)
+    for out in ("linked", "thesis.tmp", "thesis.tmp/below"):
+        with pytest.raises(UserError, match=f"--out .*{out} can't be written"):
+            accidents.lock_folder(tmp_path / out)
     assert (tmp_path / "thesis.tmp").read_text() == "kept"
 
 

@@ -29,7 +29,7 @@ def commands():
                     yield pytest.param(program, words[3 if words[1] == "-m" else 2:], id=line[:60])
 
 
-@pytest.mark.parametrize("program, arguments", commands())
+@pytest.mark.parametrize("program, arguments", list(commands()))
 def test_commands_are_understood(program, arguments):
     if program == "train.py":
         train.parse(arguments)

@@ -19,6 +19,7 @@ from support.files import UserError
 from test_accidents import ends, read_log, start  # noqa: F401: a fixture
 
 SMALL = ("--image-size=32", "--steps=3", "--tpa-steps=1")
+VALUES = "image_encoder.visual.transformer.resblocks.3.attn.v_proj_weight"
 FILES = {"last.pt", "log.jsonl", "results.json", "curves.png", "examples.png", ".lock"}
 
 
@@ -41,12 +42,8 @@ def go(training, monkeypatch):
 
 def assert_near(a, b):
     """Two checkpoints' models and momentum encoders are equal to rounding."""
-    assert a["step"] == b["step"]
-    for part in ("model", "momentum"):
-        state, other = a[part] or {}, b[part] or {}
-        assert state.keys() == other.keys()
-        for name, tensor in state.items():
-            torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-5, msg=name)
+    for part in ("step", "model", "momentum"):
+        torch.testing.assert_close(a[part], b[part], rtol=0, atol=1e-5)
 
 
 def start_of(seed=0):
@@ -113,8 +110,8 @@ def test_a_run_and_its_log(go, tmp_path):
     assert first["drift"] < 1e-6 < last["drift"] and 0 <= first["mIoU_union"] <= 100
     results = json.loads((tmp_path / "a/results.json").read_text())
     assert (results["start"], results["trained"]) == (first, last)
-    assert any(not torch.equal(tensor, a["original"][f"image_encoder.{name}"])
-               for name, tensor in a["momentum"].items())
+    momentum = a["momentum"][VALUES.removeprefix("image_encoder.")]
+    assert not torch.equal(momentum, a["original"][VALUES]), "it has not followed"
 
 
 def test_pre_alignment_changes_the_text_encoder_alone_and_its_teacher_is_clip(go):
@@ -136,8 +133,8 @@ def test_the_optimiser_decays_all_but_norms(tiny):
         assert decay == (0 if kind == "norms" else 1e-4)
         assert factor == pytest.approx(0.3 if kind == "clip" else 1)
         for name in [names.pop(id(p)) for p in group["params"]]:
-            in_head = "norms" if "norm" in name else "head"
-            assert kind == (in_head if name.startswith("head.") else "clip"), name
+            expected = "norms" if "norm" in name else "head"
+            assert kind == (expected if name.startswith("head.") else "clip"), name
     assert not names, "some parameters are in no group"
 
 
@@ -179,11 +176,11 @@ def test_distill(go, distill):
         assert last["total_loss"] == pytest.approx(
             last["segmentation_loss"] + 0.03 * last["pooled_loss"], rel=1e-5)
         assert abs(first["pooled_loss"]) < 1e-5 < last["pooled_loss"]
-    start, moved = start_of(seed=3), 0
+    start = start_of(seed=3)
+    assert (a["momentum"] is None) == (distill == "none")
     for name, tensor in (a["momentum"] or {}).items():
         assert torch.equal(tensor, start[f"image_encoder.{name}"])
-        moved += not torch.equal(tensor, a["model"][f"image_encoder.{name}"])
-    assert (a["momentum"] is None) == (distill == "none") and bool(moved) == (distill != "none")
+    assert not torch.equal(a["model"][VALUES], start[VALUES])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -215,7 +212,7 @@ def test_compiled_and_recomputed_steps_equal_plain_ones(go, monkeypatch):
         module_compile(module, backend="eager", fullgraph=True)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_)
-    flags = ("--accumulate=2", "--tpa-steps=0", "--steps=2")
+    flags = ("--accumulate=2", "--tpa-steps=0", "--steps=1")
     a, b, c = (go(name, *flags, *more)[0] for name, more in (
         ("a", ()), ("b", ["--recompute-head"]), ("c", ["--recompute-head", "--compile"])))
     assert len(compiled) == 1 and a["model"].keys() == c["model"].keys()
@@ -232,8 +229,7 @@ def test_init_cat_seg_brings_every_weight(tmp_path):
     torch.nn.init.constant_(model.head.logit.bias, 7.0)
     torch.save(dict(config=model.config, model=model.state_dict()), tmp_path / "start.pt")
     again = train.build_model(train.parse([f"--init-cat-seg={tmp_path}/start.pt", "--seed=5"]), 0)
-    for name, tensor in again.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor), name
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 # Several processes
@@ -288,8 +284,7 @@ def test_what_a_resumed_run_may_change(go, folder, tmp_path):
     assert b["step"] == 3 and b["args"]["tau"] == 0.5
     rates = [group["base_lr"] for group in b["optimiser"]["param_groups"]]
     assert rates == pytest.approx([1e-3, 1e-3, 3e-5])
-    assert a["original"].keys() == b["original"].keys()
-    assert all(torch.equal(a["original"][k], t) for k, t in b["original"].items())
+    torch.testing.assert_close(a["original"], b["original"], rtol=0, atol=0)
     for path in (moved / "masks/train/4.png", moved / "images/train/4.jpg"):
         path.rename(path.with_stem("7"))
     with pytest.raises(UserError, match="last.pt was trained with .*images"):
@@ -303,7 +298,7 @@ def test_a_finished_run_is_evaluated_again_and_restart_begins_anew(go, tmp_path)
     a, _ = go("a")
     log, results = read_log(tmp_path / "a"), (tmp_path / "a/results.json").read_text()
     b, _ = go("a")
-    assert all(torch.equal(tensor, b["model"][name]) for name, tensor in a["model"].items())
+    torch.testing.assert_close(b["model"], a["model"], rtol=0, atol=0)
     assert read_log(tmp_path / "a") == log and (tmp_path / "a/results.json").read_text() == results
     c, steps = go("a", "--restart", "--steps=1")
     assert c["step"] == 1 and [line["step"] for line in steps] == [1]

@@ -34,7 +34,7 @@ from losses import (IGNORE, class_prototypes, class_reference_masks, contrast_ma
                     spd_loss, total_loss)
 from model import build
 from support import accidents, checkpoint
-from support.files import UserError, number, write_json
+from support.files import UserError, number, replacing, write_json
 from tpa import pre_align
 
 # The letter prints no hyperparameters. For a real CLIP, ours have not been tuned yet.
@@ -299,9 +299,13 @@ def reference_statistics(model, momentum, original, tokens, batches):
                 drift=max(0.0, drift / max(1, reference)))
 
 
+def is_first():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def say(text):
     """Print on process 0."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first():
         tqdm.write(text)
 
 
@@ -317,16 +321,15 @@ class Log(list):
                     line = json.loads(text)
                     if line["step"] < max(1, step) or line["step"] == step and "lr" in line:
                         self.append(line)
-        self.write("w", self)
+        if is_first():
+            with replacing(path) as file:
+                file.writelines(f"{json.dumps(line)}\n".encode() for line in self)
 
     def add(self, **line):
         self.append(line)
-        self.write("a", [line])
-
-    def write(self, mode, lines):
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            with self.path.open(mode) as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+        if is_first():
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 def log_step(log, step, figures, optimiser, accumulate, grad_norm, seconds):

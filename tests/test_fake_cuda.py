@@ -1,7 +1,5 @@
-"""train.main on CUDA tensors that exist nowhere: PyTorch's FakeTensorMode knows shapes and devices
-and computes nothing. So a machine without a GPU shows where a CPU tensor meets a GPU's, and where
-the CPU waits for the GPU. Whatever is read from a tensor is 3, or True.
-"""
+"""train.main on CUDA tensors that exist nowhere: a machine without a GPU shows where devices mix
+and where the CPU waits for the GPU. Whatever is read from a tensor is 3, or True."""
 import traceback
 from collections import Counter
 
@@ -41,12 +39,8 @@ class Waits(TorchDispatchMode):
     def note(self, waits):
         if waits:
             places = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_stack()]
-            ours = [place for place in places if place.startswith(f"{ROOT}/")]
-            self.lines.append([place for place in ours if __file__ not in place][-1])
-
-    def tolist(self, tensor):  # of one dimension
-        self.note(tensor.is_cuda)
-        return [3.0] * len(tensor)
+            self.lines.append([place for place in places if place.startswith(f"{ROOT}/")
+                               and __file__ not in place][-1])
 
 
 def to(module, device):
@@ -99,7 +93,8 @@ def test_a_step_on_a_gpu_mixes_no_devices_and_waits_twice(flags, training, monke
             "torch._C._current_graph_task_id": lambda: 0,  # for torch.utils.checkpoint
             "torch._subclasses.fake_tensor.FakeTensorMode.avoid_device_init": True,
             "torch._subclasses.fake_tensor.FakeTensorMode.__deepcopy__": lambda mode, memo: mode,
-            "torch._subclasses.fake_tensor.FakeTensor.tolist": lambda x: waits.tolist(x),
+            "torch._subclasses.fake_tensor.FakeTensor.tolist":
+                lambda x: waits.note(x.is_cuda) or [3.0] * len(x),  # of one dimension
             "torch.nn.Module.to": to, "torch.Tensor.backward": backward, "data.batches": batches,
             "support.accidents.start_processes": lambda: (0, 1, torch.device("cuda", 0)),
             "support.accidents.defer_signals": lambda: marks.append(len(waits.lines)),

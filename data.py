@@ -128,7 +128,8 @@ def first_look(dataset, counts, labelled_patches=1):
 
 def normalise(images):
     """uint8 [...,3,H,W] -> float, with CLIP's mean and standard deviation, on the same device."""
-    return (images / 255).sub_(MEAN.to(images.device)).div_(STD.to(images.device))
+    mean, std = (x.to(images.device, non_blocking=True) for x in (MEAN, STD))
+    return (images / 255).sub_(mean).div_(std)
 
 
 class TrainingCrops(torch.utils.data.Dataset):

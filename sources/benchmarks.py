@@ -126,7 +126,7 @@ class Files:
         lonely = sorted(stem for stem in stems if stem not in images or stem not in masks)
         if lonely:
             place = mask_place if lonely[0] in images else image_place
-            raise UserError(f"{place} lacks {lonely[0][:100]} ({len(lonely)} files have no partner)")
+            raise UserError(f"{place} lacks {lonely[0][:99]} ({len(lonely)} files have no partner)")
         self.pairs = [(images[stem], masks[stem]) for stem in sorted(set(stems))]
         self.files = [image.name for image, _ in self.pairs]
 

@@ -123,7 +123,7 @@ def parse(argv=None):
         parser.set_defaults(**TOY, pretrained="toy" if toy else "none")
     if args.init_cat_seg:
         parser.set_defaults(pretrained="none")
-    parts = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
+    parts = accidents.torchrun()[1] * args.accumulate
     name = args.dataset.removeprefix("folder:").replace("toy:", "toy-")
     parser.set_defaults(batch_size=max(RECIPE["batch_size"], parts),
                         out=str(Path("out", Path(name).expanduser().resolve().name)))
@@ -133,8 +133,9 @@ def parse(argv=None):
                         "times --accumulate)")
     if args.distill not in ("rpmd", "frozen") or args.adapt not in ("both", "text"):
         args.tpa_steps = 0
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", os.environ.get("SLURM_RESTART_COUNT"))
-    args.restart = args.restart and not int(restarts or 0)  # a scheduler repeats the command
+    for counter in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        if int(os.environ.get(counter, 0)) > 0:  # a scheduler repeats the command
+            args.restart = False
     return args
 
 

@@ -175,5 +175,5 @@ def lock_folder(out):
         raise UserError(f"--out {out} is in use by another run: use another, or wait") from None
     except OSError as e:
         print(f"note: {out} is on a file system without locks ({e}): start no second run in it")
-    for leftover in out.glob(".*.partial"):  # `replacing` was killed
+    for leftover in out.glob(".*.????????.partial"):  # `replacing` was killed
         leftover.unlink()

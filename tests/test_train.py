@@ -337,6 +337,7 @@ def test_defaults_follow_the_data(tmp_path, monkeypatch):
         assert (args.clip, args.pretrained) == own
     assert train.parse(["--dataset=folder:x", "--clip=tiny"]).pretrained == "none"
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
     assert train.parse(["--accumulate=2"]).batch_size == 6
     with pytest.raises(UserError, match="--batch-size 8 does not divide among"):
         train.parse(["--accumulate=2", "--batch-size=8"])

@@ -95,6 +95,25 @@ def test_a_step_is_figure_1(tiny):
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_each_loss_is_weighed_by_the_images_that_it_is_a_mean_over(monkeypatch):
+    """Both images have a reference patch; the student is right in the first one alone."""
+    class Student:
+        grid = (1, 1)
+
+        def __call__(self, images, tokens):
+            return torch.zeros(2, 2, 4, 4), torch.eye(2)[:, None], torch.eye(2)
+
+    weighed = []
+    monkeypatch.setattr(train, "weigh_by_process",
+                        lambda losses, counts: weighed.extend(counts) or losses)
+    labels = torch.tensor([0, 0])[:, None, None].expand(2, 4, 4)
+    teacher = torch.eye(2)[[0, 0]][:, None]
+    args = train.parse(["--pretrained=none"])
+    train.step_losses(Student(), lambda images: (teacher, None), torch.zeros(2, 3, 4, 4), labels,
+                      None, args)
+    assert [int(count) for count in weighed] == [2, 1]
+
+
 def test_a_run_and_its_log(go, tmp_path):
     a, steps = go("a")
     assert [line["step"] for line in steps] == [1, 2, 3] and a["step"] == 3

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from losses import IGNORE
+from losses import IGNORE, patch_labels
 from sources.benchmarks import BENCHMARKS, CLASSES, STRANGE, Files, Layout, open_benchmark
 from support import accidents
 from support.files import UserError, reading
 
+ROOT_HELP = ("folder of the benchmarks (default $RPMD_DATA, else $DETECTRON2_DATASETS, else "
+             "./datasets)")
 NAMES = (*BENCHMARKS, "folder:PATH", "toy", "toy:N")
 REPORTED = ("ade20k-847", "pc-459", "ade20k-150", "pc-59", "voc-20", "voc-20b")  # by the field
 NO_NAME = re.compile(r"$|#|-\s|\d+\s*([:;,=)]|$)|.*:\s*\d|.*[\0-\x1f\x7f-\x9f]|.{301}")
@@ -28,8 +30,9 @@ def open_dataset(name, root=None, split="val", classes=None, unseen=None):
 
     It has `len()`, `load(i) -> (PIL RGB image, int64 labels [H,W] with IGNORE, path)`, `names` (its
     vocabulary), `evaluated` (the classes that are scored: the names, except in voc-20b), `source`
-    (what is read), `warning` (of missing images, or ""), `own_words` (whether the user chose the
-    names) and `fingerprint` (a digest of the names and of the images' file names).
+    (what is read) and `description` (it in a sentence), `sliding` (whether CAT-Seg's five views are
+    taken), `own_words` (whether the user chose the names) and `fingerprint` (a digest of the names
+    and of the images' file names).
     classes: other names, as many as the dataset has: a list, a file, or text (see `read_names`).
     unseen: names to hold out, likewise: the vocabulary lacks them, their pixels carry no label."""
     kind, _, where = name.partition(":")
@@ -58,6 +61,9 @@ def open_dataset(name, root=None, split="val", classes=None, unseen=None):
     dataset.evaluated = dataset.names
     if name == "voc-20b":  # its last label stands for all names from the 21st on
         dataset.evaluated = [*dataset.names[:20], "background"]
+    dataset.description = (f"{len(dataset)} images of {len(dataset.names)} names, "
+                           f"{dataset.source}")
+    dataset.sliding = kind != "toy"
     dataset.own_words = kind == "folder" or classes is not None
     identity = json.dumps([dataset.names, dataset.files])
     dataset.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
@@ -114,16 +120,22 @@ def count_labels(pixel_labels, num_classes):
     return np.bincount(np.ravel(pixel_labels) % (num_classes + 1), minlength=num_classes + 1)
 
 
-def first_look(dataset, counts, labelled_patches=1):
-    """What is doubtful about a dataset's first masks, a sentence, or "". counts: `count_labels` of
-    them; labelled_patches: how many of their patches have a label."""
+def doubt(dataset, counts):
+    """A sentence if 255 seems to be a class of the user's masks, else "". counts: `count_labels`."""
     absent = [name for name, n in zip(dataset.evaluated, counts) if n == 0]
     one_apart = len(absent) == 1 or 0 < len(absent) == len(dataset.evaluated) - 1
     if dataset.own_words and one_apart and counts[-1] > 0.001 * counts.sum():
-        return f"no pixel of the first masks is {absent[0]!r}, and some are 255: is that the class?"
-    if not labelled_patches:
-        return "no patch of the first masks has a label on most of its pixels: SPD and CPA are 0"
+        return f"no pixel is {absent[0]!r}, and some are 255: is that the class?"
     return ""
+
+
+def first_look(dataset, pixel_labels, grid):
+    """Warn of what is doubtful about some training crops' labels [N,S,S]."""
+    if said := doubt(dataset, count_labels(pixel_labels, len(dataset.names))):
+        accidents.say(f"warning: of the first training crops {said}")
+    if (patch_labels(pixel_labels, grid) == IGNORE).all():
+        accidents.say("warning: no patch of the first training crops has a label on most of its "
+                      "pixels: SPD and CPA are 0")
 
 
 def normalise(images):
@@ -210,15 +222,17 @@ def stretch(image, factor, offset):
     return image.point([int(min(max(factor * v + offset, 0), 255)) for v in range(256)] * 3)
 
 
-def batches(crops, batch_size, start, stop, rank=0, world=1, workers=0):
+def batches(crops, batch_size, start, stop, rank=0, world=1, workers=0, device="cpu"):
     """Batches of draws for steps start..stop-1: each step takes the next batch_size * world draws,
-    of which this rank takes its share. Yields (images uint8 [b,3,S,S], pixel labels int16 [b,S,S],
-    paths)."""
+    of which this rank takes its share. Yields (images [b,3,S,S] with CLIP's mean and standard
+    deviation, pixel labels int64 [b,S,S], paths), on the device."""
     first, step = (start * world + rank) * batch_size, world * batch_size
     draws = (range(i, i + batch_size) for i in range(first, stop * step, step))
-    yield from in_loaders(torch.utils.data.DataLoader(
-        crops, batch_sampler=draws, num_workers=workers, pin_memory=torch.cuda.is_available(),
-        worker_init_fn=accidents.loader_process, timeout=LOADER_TIMEOUT if workers else 0))
+    for images, pixel_labels, paths in in_loaders(torch.utils.data.DataLoader(
+            crops, batch_sampler=draws, num_workers=workers, pin_memory=torch.cuda.is_available(),
+            worker_init_fn=accidents.loader_process, timeout=LOADER_TIMEOUT if workers else 0)):
+        images = normalise(images.to(device, non_blocking=True))
+        yield images, pixel_labels.to(device, non_blocking=True).long(), paths
 
 
 def in_loaders(loader):

@@ -16,8 +16,7 @@ class MomentumEncoder:
 
     encoder: E, any nn.Module, the encoder that is trained. alpha: the momentum, in [0, 1]; 1 gives
     a frozen teacher. Calling it runs E^M without a graph and returns what E returns. It is no
-    nn.Module, so neither the optimiser nor DDP sees its parameters.
-    """
+    nn.Module, so neither the optimiser nor DDP sees its parameters."""
 
     def __init__(self, encoder, alpha):
         if not 0 <= alpha <= 1:

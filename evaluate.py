@@ -8,7 +8,6 @@ Scores are printed and written to eval/DATASET.json beside the checkpoint. photo
 show the labels of photo.jpg.
 """
 import argparse
-import collections
 import hashlib
 import json
 from pathlib import Path
@@ -24,7 +23,7 @@ from tqdm import tqdm
 import data
 from losses import IGNORE, correctly_classified, patch_labels
 from model import first_synonym
-from sources.readers import IMAGE_TYPES, as_image, read_image
+from sources.readers import read_image
 from support import accidents, checkpoint
 from support.files import UserError, reading, replacing, write_json
 
@@ -34,18 +33,12 @@ def resize(x, size):
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
-def is_sliding(views, dataset_name):
-    """Whether to take CAT-Seg's five views: as --views says, by default not of a toy world."""
-    return views == "sliding" if views else not dataset_name.startswith("toy")
-
-
 def views(image, size, sliding):
     """A PIL image -> [V,3,size,size], normalised, and the side of the canvas on which they lie.
 
     sliding: CAT-Seg's five views. The image is brought to a shortest side of 5/3 size (640 for
     384), squeezed to a square canvas, and seen through four overlapping windows and as a whole.
-    Otherwise only the whole.
-    """
+    Otherwise only the whole."""
     canvas = round(size * 5 / 3) if sliding else size
     scale = min(canvas / min(image.size), 4 * canvas / max(image.size))
     width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
@@ -80,13 +73,12 @@ def encode_names(model, names):
 
 
 @torch.inference_mode()
-def class_scores(model, image, text, sliding=True, zero_shot=False, size=None, chunk=None):
+def class_scores(model, image, text, sliding=True, zero_shot=False, chunk=None):
     """Yields (first class, probabilities [1,c,H,W]) for successive chunks of the classes of text
-    [K,D], because a photograph with many classes has gigabytes of scores. size: (H, W), that of the
-    PIL image by default. Probabilities are sigmoids of the head's logits; with zero_shot, CLIP's
-    cosines."""
+    [K,D], because a photograph with many classes has gigabytes of scores. image: PIL. Probabilities
+    are sigmoids of the head's logits; with zero_shot, CLIP's cosines."""
     x, canvas = views(image, model.image_size, sliding)
-    H, W = size or image.size[::-1]
+    H, W = image.height, image.width
     on_cpu = text.device.type == "cpu"
     logits = []
     for view in x.to(text.device).split(1 if on_cpu else len(x)):
@@ -99,8 +91,7 @@ def class_scores(model, image, text, sliding=True, zero_shot=False, size=None, c
     for first in range(0, len(text), chunk):
         scores = torch.cat([of_view[:, first:first + chunk] for of_view in logits]).float()
         scores = resize(scores, x.shape[2:])
-        if not zero_shot:
-            scores = scores.sigmoid()
+        scores = scores if zero_shot else scores.sigmoid()
         yield first, resize(merge(scores, canvas), (H, W))
 
 
@@ -122,7 +113,7 @@ def segment(model, image, names, **options):
         raise UserError(f"names should be a list of at least one class name, not {names!r}")
     names = data.read_names(names, "the list of names")
     check_names(model, names, own_words=True)
-    return label_map(model.eval(), as_image(image), encode_names(model, names), **options)
+    return label_map(model.eval(), read_image(image), encode_names(model, names), **options)
 
 
 def spoken(name):
@@ -131,21 +122,19 @@ def spoken(name):
 
 
 def check_names(model, names, own_words=False, trained_on=""):
-    """Names that the text encoder reads alike: a UserError if the user chose them, else a note on
-    process 0. trained_on: the checkpoint's dataset; one of a toy world knows only its words."""
+    """Names that the text encoder reads alike: a UserError if the user chose them, else a note.
+    trained_on: the checkpoint's dataset; the CLIP of a toy world knows only its words."""
     problem = model.ambiguous(names)
     if problem and own_words:
         raise UserError(problem)
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
     if problem:
-        print(f"note: {problem}")
+        accidents.say(f"note: {problem}")
     if trained_on.startswith("toy"):
         from sources.toy import NAMES
         words = set(" ".join(NAMES).split())
         strange = [name for name in names if not words.issuperset(spoken(name).split())]
         if strange:
-            print(f"warning: the checkpoint's toy world has no words for {strange[0]!r}")
+            accidents.say(f"warning: the toy world's CLIP has no words for {strange[0]!r}")
 
 
 def confusion_matrix(prediction, pixel_labels, num_classes):
@@ -174,8 +163,7 @@ def mean_iou(confusion, classes=slice(None)):
     confusion [K,K] from `confusion_matrix`; classes: average over this list of them (the whole
     matrix still counts as errors). "ground_truth" averages over the classes that occur in the
     labels (detectron2 since July 2022, so CAT-Seg and SED); "union" also over classes that are only
-    predicted, with IoU 0 (detectron2 0.6, mmsegmentation, so MAFT+ and SAN).
-    """
+    predicted, with IoU 0 (detectron2 0.6, mmsegmentation, so MAFT+ and SAN)."""
     iou, labelled = (values[classes] for values in class_iou(confusion))
     return {"ground_truth": iou[labelled].mean().item(), "union": iou.nanmean().item()}
 
@@ -205,7 +193,7 @@ def summary(confusion, names, seen=None):
     return result
 
 
-def evaluate(model, dataset, sliding=True, zero_shot=False, rank=0, world=1, labels=None):
+def evaluate(model, dataset, zero_shot=False, rank=0, world=1, labels=None):
     """Confusion matrix over a dataset, summed over processes, of which each takes every world-th
     image. labels: a folder for the label maps, or None."""
     text = encode_names(model.eval(), dataset.names)
@@ -215,7 +203,7 @@ def evaluate(model, dataset, sliding=True, zero_shot=False, rank=0, world=1, lab
         if accidents.stop_asked:
             raise KeyboardInterrupt
         image, pixel_labels, path = dataset.load(i)
-        prediction = label_map(model, image, text, sliding=sliding, zero_shot=zero_shot)
+        prediction = label_map(model, image, text, sliding=dataset.sliding, zero_shot=zero_shot)
         prediction = prediction.clamp(max=K - 1)  # of voc-20b all names from the last on
         if labels:
             save_labels(labels / f"{Path(path).stem}.png", prediction, K)
@@ -259,7 +247,7 @@ def examples(path, model, original, momentum, dataset, unseen=()):
         for encode, vocabulary in encoders.values():
             correct = correctly_classified(encode(view)[0], vocabulary, labels)  # [1,L]
             rows[-1].append(pictures.highlight(image, correct.reshape(model.grid).cpu().numpy()))
-        prediction = label_map(model, image, text, sliding=not dataset.source.endswith("toy.py"))
+        prediction = label_map(model, image, text, sliding=dataset.sliding)
         prediction = prediction.clamp(max=len(dataset.evaluated) - 1).cpu().numpy()
         rows[-1].append(pictures.paint(prediction))
         label_maps += [pixel_labels, prediction]
@@ -271,17 +259,13 @@ def examples(path, model, original, momentum, dataset, unseen=()):
     pictures.sheet(path, titles, rows, legend, caption)
 
 
-def printable(cell):
-    """A number with one decimal, or text with control characters and bars escaped."""
-    if isinstance(cell, float):
-        return f"{cell:.1f}"
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(cell))
-    return text.replace("|", "\\|")
-
-
 def format_table(rows):
-    """Rows of cells as a Markdown table; the first row is the header."""
-    cells = [[printable(cell) for cell in row] for row in rows]
+    """Rows of cells as a Markdown table, the first of which is the header; None becomes "-"."""
+    cells = []
+    for row in rows:
+        row = ["-" if cell is None else cell for cell in row]
+        row = [f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row]
+        cells.append([cell.replace("|", "\\|") for cell in row])
     widths = [max(map(len, column)) for column in zip(*cells)]
     cells.insert(1, ["-" * width for width in widths])
     lines = []
@@ -291,74 +275,55 @@ def format_table(rows):
     return "\n".join(lines)
 
 
-def format_result(result):
-    """What `summary` gives as a table: the means, then the IoU of each class, best first."""
-    ious = result["classes"]
-    rows = [["per cent", result["dataset"]]]
-    rows += [[key, value] for key, value in result.items() if isinstance(value, float)]
-    for name in sorted(ious, key=lambda name: ious[name] or 0, reverse=True):
-        rows.append([name, "no pixels" if ious[name] is None else ious[name]])
-    return format_table(rows)
-
-
 def result_path(name, dataset, args):
     """Where results go, without an ending: what differs from the default is in the name."""
     weights = Path(args.checkpoint).resolve()
     kind, _, place = name.partition(":")
     folder = str(Path(place).expanduser().resolve()) if kind == "folder" else ""
-    words = [Path(folder).name[:40] or name.replace(":", "-"),
-             "train" if args.split == "train" else "", args.views,
-             "zero-shot" if args.zero_shot else "", "" if weights.stem == "last" else weights.stem]
+    words = [Path(folder).name[:40] or name.replace(":", "-")]
+    for option in (args.split, args.views, args.zero_shot and "zero-shot", weights.stem):
+        if option not in ("val", None, False, "last"):
+            words.append(option)
     digested = [folder, args.classes and dataset.names, args.out and str(weights)]
     if any(digested):
         words.append(hashlib.sha256(json.dumps(digested).encode()).hexdigest()[:8])
-    return Path(args.out or weights.parent / "eval", "-".join(filter(None, words)))
-
-
-def find_pictures(places):
-    """The pictures among files and folders. Prints how many files of a folder it passes over."""
-    paths = []
-    for place in map(Path, places):
-        if not place.is_dir():
-            paths.append(place)
-            continue
-        files = {path for path in place.iterdir() if not path.is_dir()}
-        usable = {path for path in files if path.suffix.lower() in IMAGE_TYPES and path.is_file()
-                  and ".rpmd." not in path.name}
-        paths += sorted(usable)
-        passed_over = collections.Counter(path.suffix for path in files - usable)
-        if passed_over:
-            print(f"{place}: passed over {passed_over.total()} files: {dict(passed_over)}")
-    return paths
+    return Path(args.out or weights.parent / "eval", "-".join(words))
 
 
 def label_pictures(model, trained_on, args):
-    """--image: label pictures with --classes. Raises UserError, in the end also for pictures that
-    can't be read."""
+    """--image: label pictures, or all files of folders, with --classes. Those that can't be read
+    are told in the end, as a UserError."""
     from support import pictures
     if not args.classes:
         raise UserError('--image needs --classes, as in --classes "cat, sofa, wooden floor"')
     names = data.read_names(args.classes)
     check_names(model, names, own_words=True, trained_on=trained_on)
     text = encode_names(model, names)
-    sliding = is_sliding(args.views, trained_on)
-    targets, wrong = {}, []
-    for path in tqdm(find_pictures(args.image), "pictures", leave=False):
+    paths = []
+    for place in map(Path, args.image):
+        files = sorted(path for path in place.glob("[!.]*") if not path.is_dir())
+        paths += files if place.is_dir() else [place]
+    done, wrong = set(), []
+    for path in tqdm(dict.fromkeys(paths), "pictures", leave=False):
         target = Path(args.out or path.parent, f"{path.name}.rpmd.png")  # a name that nobody uses
+        if ".rpmd." in path.name:  # written here
+            continue
         try:
-            if targets.setdefault(target, path) != path:
-                raise UserError(f"{path} would overwrite the labels of {targets[target]}")
+            if target in done:
+                raise UserError(f"{path} would overwrite {target}, of another picture")
             image = read_image(path)
         except UserError as e:
             wrong.append(str(e))
             continue
-        labels = label_map(model, image, text, sliding=sliding, zero_shot=args.zero_shot).cpu()
+        done.add(target)
+        labels = label_map(model, image, text, sliding=args.views != "whole",
+                           zero_shot=args.zero_shot).cpu()
         if args.save_labels:
             save_labels(target.with_suffix(".labels.png"), labels, len(names))
         shares = pictures.labelled(target, [(image, labels.numpy())], names, shares=True)
-        tqdm.write(printable(f"{target}: {', '.join(shares)}"))
+        tqdm.write(f"{target}: {', '.join(shares)}")
     if wrong:
-        raise UserError("; ".join(wrong))
+        raise UserError(f"{len(wrong)} of {len(paths)} files are not labelled: {'; '.join(wrong)}")
 
 
 def parse(argv=None):
@@ -368,8 +333,7 @@ def parse(argv=None):
     add("--checkpoint", required=True, help="of train.py, or one that CAT-Seg published")
     add("--datasets", nargs="+", default=["toy"], metavar="NAME",
         help=f"{', '.join(data.NAMES)}; all: {', '.join(data.REPORTED)} (default toy)")
-    add("--data-root", help="the folder that holds the datasets (default $RPMD_DATA, else "
-                            "$DETECTRON2_DATASETS, else ./datasets)")
+    add("--data-root", help=data.ROOT_HELP)
     add("--split", choices=("train", "val"), default="val", help="default val")
     add("--image", nargs="+", metavar="PATH", help="instead: pictures, or folders of them")
     add("--classes", help="names: a file, or comma-separated; for --image, or a dataset's own anew")
@@ -412,22 +376,23 @@ def main():
                     "the weights, the images, their names, --views or --zero-shot")
     for name, dataset in zip(names, datasets):
         check_names(model, dataset.names, dataset.own_words, trained_on)
-        if rank == 0:
-            print(f"{name}: {len(dataset)} images of {len(dataset.names)} names, {dataset.source}")
-            if dataset.warning:
-                print(f"warning: {dataset.warning}")
+        accidents.say(f"{name}: {dataset.description}")
         path = result_path(name, dataset, args)
-        sliding = is_sliding(args.views, name)
+        if args.views:
+            dataset.sliding = args.views == "sliding"
         labels = path / "labels" if args.save_labels else None
-        confusion = evaluate(model, dataset, sliding, args.zero_shot, rank, world, labels)
+        confusion = evaluate(model, dataset, args.zero_shot, rank, world, labels)
+        result = dict(
+            dataset=name, split=args.split, images=len(dataset), source=dataset.source,
+            checkpoint=args.checkpoint, step=contents.get("step"), zero_shot=args.zero_shot,
+            views=5 if dataset.sliding else 1, pixels=confusion.sum().item(),
+            **summary(confusion, dataset.evaluated, seen))
         if rank == 0:
-            result = dict(
-                dataset=name, split=args.split, images=len(dataset), source=dataset.source,
-                checkpoint=args.checkpoint, step=contents.get("step"), zero_shot=args.zero_shot,
-                views=5 if sliding else 1, pixels=confusion.sum().item(),
-                **summary(confusion, dataset.evaluated, seen))
             written = write_json(result, Path(f"{path}.json"))
-            print(f"{format_result(result)}\nwritten to {written}")
+            rows = [("per cent", name)]
+            rows += [(key, value) for key, value in result.items() if isinstance(value, float)]
+            rows += sorted(result["classes"].items(), key=lambda row: -(row[1] or 0))
+            print(f"{format_table(rows)}\nwritten to {written}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ def patch_labels(pixel_labels, grid):
     not say). Ties go to the lowest label; `torch.mode` does not promise which one it takes.
 
     pixel_labels: integer [B,H,W]. grid: (rows, columns) of patches, which must divide H and W.
-    Returns [B,L], L = rows * columns. IGNORE counts as a label and, being -1, wins ties.
-    """
+    Returns [B,L], L = rows * columns. IGNORE counts as a label and, being -1, wins ties."""
     B, H, W = pixel_labels.shape
     rows, columns = grid
     if H % rows or W % columns:
@@ -41,8 +40,7 @@ def correctly_classified(patches, text, labels, ignore=-1):
 
     patches [B,L,D], text [K,D], labels [B,L]. The argmax is over cosines. Returns bool [B,L], False
     where labels are `ignore`. Momentum patches give M_s, the reference patches; the student's own
-    patches give those that it predicts correctly, for Q of Eq. (5).
-    """
+    patches give those that it predicts correctly, for Q of Eq. (5)."""
     V = F.normalize(patches, dim=-1)
     T = F.normalize(text, dim=-1)
     predicted = torch.einsum("bld,kd->blk", V, T).argmax(-1)  # [B,L]
@@ -58,8 +56,7 @@ def spd_loss(patches, momentum_patches, mask, normalise=False):
     patches, momentum_patches [B,L,D]; mask bool [B,L]: the reference patches. normalise: compare
     unit vectors, which Eq. (2) does not say and train.py does by default. Returns a scalar: the
     mean over the reference patches of an image, then over the images that have one; 0 (with zero
-    gradient) when none has. No gradient reaches momentum_patches.
-    """
+    gradient) when none has. No gradient reaches momentum_patches."""
     if not patches.shape == momentum_patches.shape == (*mask.shape, patches.shape[-1]):
         raise ValueError(f"momentum_patches {list(momentum_patches.shape)} and mask "
                          f"{list(mask.shape)} do not fit patches {list(patches.shape)}")
@@ -84,8 +81,7 @@ def class_prototypes(momentum_patches, class_masks):
 
     momentum_patches [B,L,D], class_masks [B,K,L] from `class_reference_masks`. Returns prototypes
     [B,K,D], zero where a class has no reference patch in the image, and valid, bool [B,K]: which
-    classes have one.
-    """
+    classes have one."""
     M = class_masks.to(momentum_patches.dtype)
     count = M.sum(-1, keepdim=True)  # [B,K,1]
     prototypes = torch.einsum("bkl,bld->bkd", M, momentum_patches) / count.clamp(min=1)
@@ -97,8 +93,7 @@ def contrast_mask(valid, labels, correct, ignore=-1):
     """Q of Eq. (5): the correctly predicted patches whose class has a prototype in their image.
 
     valid [B,K] from `class_prototypes`; labels [B,L]; correct bool [B,L]: `correctly_classified` of
-    the student's patches. Returns bool [B,L].
-    """
+    the student's patches. Returns bool [B,L]."""
     own_class = labels.masked_fill(labels == ignore, 0)  # [B,L]
     return correct & (labels != ignore) & valid.gather(1, own_class)
 
@@ -111,8 +106,7 @@ def cpa_loss(patches, prototypes, valid, labels, q, tau):
     q bool [B,L] from `contrast_mask`; tau: the temperature. The denominator runs over the classes
     that have a prototype in the image. Returns a scalar: the mean over Q in each image, then over
     the images whose Q is not empty; 0 (with zero gradient) when every Q is empty. No gradient
-    reaches the prototypes.
-    """
+    reaches the prototypes."""
     V = F.normalize(patches, dim=-1)
     P = F.normalize(prototypes.detach(), dim=-1)
     logits = torch.einsum("bld,bkd->bkl", V, P) / tau  # [B,K,L]
@@ -142,8 +136,7 @@ def segmentation_loss(logits, pixel_labels, ignored="negative", chunk=64, ignore
 
     The cross-entropy of z is softplus(z), minus z at the labelled class, so one-hot labels are
     never built; `chunk` classes are resized at a time and again in the backward pass, so [B,K,H,W]
-    never exists. (test_segmentation_loss_equals_bce_against_one_hot_labels)
-    """
+    never exists. (test_segmentation_loss_equals_bce_against_one_hot_labels)"""
     if ignored not in ("negative", "skip"):
         raise ValueError(f"ignored is 'negative' or 'skip', not {ignored!r}")
     known = pixel_labels != ignore
@@ -173,8 +166,7 @@ def pooled_loss(patches, frozen_patches, grid):
     Features [B,L,D] after ReLU are average-pooled on 1x1, 2x2 and 4x4 grids, and each of these is
     summed over its rows and over its columns. The loss is the smooth-L1 distance between the
     student's and the frozen CLIP's sums, averaged over B, D and places and added up over the six.
-    grid: (rows, columns) of patches. Returns a scalar. No gradient reaches frozen_patches.
-    """
+    grid: (rows, columns) of patches. Returns a scalar. No gradient reaches frozen_patches."""
     student = patches.relu().transpose(1, 2).unflatten(2, grid)  # [B,D,H,W]
     frozen = frozen_patches.detach().relu().transpose(1, 2).unflatten(2, grid)
     loss = 0

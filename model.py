@@ -5,11 +5,9 @@
     tokens [K,n] -----encode_text----> text T [K,D] -------+             |
                                                    aggregate, decode --> logits [B,K,4H,4W]
 
-`Segmenter.forward` composes these steps, and each can be called alone. The result is CAT-Seg's to
-rounding (test_equals_cat_seg_written_literally). Where the code is faster than the obvious line,
-that line is in the docstring.
-
-B images, L = H*W patches, K classes, D width of the joint embedding, C channels of the head.
+The result is CAT-Seg's to rounding (test_equals_cat_seg_written_literally). Where the code is
+faster than the obvious line, that line is in the docstring. B images, L = H*W patches, K classes,
+D width of the joint embedding, C channels of the head.
 """
 import functools
 import math
@@ -24,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 PROMPT = "A photo of a {} in the scene"  # CAT-Seg's
 MAX_CLASSES = 256  # the head sees at most so many per image; the others get a logit of -100
 make_tokenizer = functools.cache(open_clip.tokenizer.SimpleTokenizer)
-TINY = dict(  # the toy world's CLIP: small enough to pre-train in a minute or two
+TINY = dict(  # the toy world's CLIP
     embed_dim=128,
     vision_cfg=dict(image_size=64, patch_size=8, width=128, layers=4, head_width=32,
                     pool_type="avg"),
@@ -79,8 +77,8 @@ class Attention(nn.Module):
 
     def __init__(self, packed):
         super().__init__()
-        q, k, v = packed.in_proj_weight.detach().chunk(3)
         self.heads = packed.num_heads
+        q, k, v = packed.in_proj_weight.detach().chunk(3)
         self.q_proj_weight = nn.Parameter(q.clone())
         self.k_proj_weight = nn.Parameter(k.clone())
         self.v_proj_weight = nn.Parameter(v.clone())
@@ -122,10 +120,8 @@ def run_block(block, x, causal=False):
 def run_dense_block(block, x, class_token_residual):
     """CLIP's last block read densely: no token looks at another. x [B,1+L,width] -> the same.
 
-    h = out_proj(v_proj(ln_1(x))) + x[:, :1], then h + mlp(ln_2(h)): the class token's residual at
-    every position, as in CAT-Seg. class_token_residual=False: each position's own, for a CLIP that
-    pools by averaging, whose class token means nothing.
-    """
+    h = out_proj(v_proj(ln_1(x))) + x[:, :1], then h + mlp(ln_2(h)): every position has the class
+    token's residual, as in CAT-Seg, or its own for a CLIP that pools by averaging."""
     residual = x[:, :1] if class_token_residual else x
     x = residual + block.ls_1(block.attn.value(norm(block.ln_1, x)))
     return x + block.ls_2(mlp(block.mlp, norm(block.ln_2, x)))
@@ -133,10 +129,8 @@ def run_dense_block(block, x, class_token_residual):
 
 class ImageEncoder(nn.Module):
     """open_clip's VisionTransformer, read densely: images to patch embeddings in the joint space.
-
-    image_size: the side of the square images given to `forward`. When the patch size does not
-    divide it (ViT-L/14@336 under CAT-Seg's 384 crops), images are resized to that of pre-training.
-    """
+    When the patch size does not divide image_size, the side of the square images (ViT-L/14@336
+    under CAT-Seg's 384 crops), they are resized to the size of pre-training."""
 
     def __init__(self, visual, image_size):
         super().__init__()
@@ -150,8 +144,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images):
         """images [B,3,S,S] with CLIP's mean and standard deviation -> patches [B,L,D], not of unit
-        length; middle features: the patch tokens after one and after two thirds of the blocks, each
-        [B,width,H,W]."""
+        length; and the patch tokens [B,width,H,W] after one and after two thirds of the blocks."""
         visual = self.visual
         blocks = visual.transformer.resblocks
         if images.shape[-1] != self.input_size:
@@ -212,11 +205,9 @@ def tokenize(names, context_length=77, prompt=PROMPT):
 
 
 def project(layer, x, guidance):
-    """q and k of cat([x, guidance], -1) and v of x, for an attention layer with linear q, k and v.
-
+    """q and k of cat([x, guidance], -1) and v of x, each [B,K,...,heads,C/heads], by one product.
     x [B,K,...,C]; guidance has size 1 on the axes along which it is constant; it is projected once
-    and broadcast. One product gives all three. Returns q, k, v, each [B,K,...,heads,C/heads].
-    """
+    and broadcast."""
     C = x.shape[-1]
     of_v = F.pad(layer.v.weight, (0, C))  # [C,2C]: v gives guidance the weight 0
     of_x, of_guidance = torch.cat([layer.q.weight, layer.k.weight, of_v]).to(x.dtype).split(C, 1)
@@ -366,10 +357,8 @@ class Upsample(nn.Module):
     def up_and_conv1(self, x, guidance):
         """conv1(cat([up(x), guidance], 1)), with guidance repeated for each of the K classes.
 
-        Nothing stands between the two convolutions: the part of x is one transposed convolution
-        with the product of both kernels. The part of guidance and of up's bias is the same for all
-        classes and computed once. (test_up_and_conv1_equals_the_two_convolutions)
-        """
+        The part of x is one transposed convolution with the product of both kernels. The part of
+        guidance and of up's bias is the same for all classes and computed once."""
         B = len(guidance)
         c = self.up.out_channels
         kernel = F.conv2d(self.up.weight, self.conv1.weight[:, :c], padding=2)  # [c_in,c_out,4,4]
@@ -383,11 +372,9 @@ class Head(nn.Module):
     """Cosines of patches and texts [B,K,H,W] to logits [B,K,4H,4W].
 
     D: width of the joint embedding; width: of the image encoder; grid: patches a side, an even
-    number; C: channels; prior: initial probability of each class (None: PyTorch's initialisation,
-    about 0.5); recompute: keep less for the backward pass and compute it again; layers: pairs of
-    aggregations. Another head needs `aggregate` and `decode`, and "norm" in the names of parameters
-    without weight decay.
-    """
+    number; C: channels; prior: initial probability of each class (None: about 0.5); recompute: keep
+    less for the backward pass and compute it again; layers: pairs of aggregations. Another head
+    needs `aggregate` and `decode`, and "norm" in the names of parameters without weight decay."""
 
     def __init__(self, D, width, grid, C=128, prior=None, recompute=False, layers=2):
         super().__init__()
@@ -517,17 +504,14 @@ class Segmenter(nn.Module):
         return self.compute_logits(patches, middle, text), patches, text
 
     def set_trained(self, adapt):
-        """Choose what trains: the head, and the q and v weights of the encoders that `adapt` names:
-        both, visual, text or none; but not the last visual block's q, which is never used."""
-        if adapt not in ("both", "visual", "text", "none"):
-            raise ValueError(f"adapt is both, visual, text or none, not {adapt!r}")
-        self.requires_grad_(False)
-        self.head.requires_grad_(True)
-        for encoder, name in ((self.image_encoder, "visual"), (self.text_encoder, "text")):
-            for attention in encoder.modules():
-                if isinstance(attention, Attention):
-                    attention.q_proj_weight.requires_grad = adapt in ("both", name)
-                    attention.v_proj_weight.requires_grad = adapt in ("both", name)
+        """Choose what trains: the head, and the q and v weights of the encoders that `adapt` names
+        (both, visual, text or none), except the last visual block's q, which is never used."""
+        encoders = {"both": ("image_encoder", "text_encoder"), "visual": ("image_encoder",),
+                    "text": ("text_encoder",), "none": ()}[adapt]
+        for name, parameter in self.named_parameters():
+            projection = name.endswith(("q_proj_weight", "v_proj_weight"))
+            trained = name.startswith(encoders) and projection
+            parameter.requires_grad = trained or name.startswith("head.")
         self.image_encoder.visual.transformer.resblocks[-1].attn.q_proj_weight.requires_grad = False
 
 
@@ -548,13 +532,11 @@ def clip_sizes(clip):
 
 
 def build(clip, image_size=384, channels=128, network=None, **head):
-    """A Segmenter over a CLIP.
+    """A Segmenter over a CLIP: "tiny", or a ViT of open_clip such as "ViT-B-16-quickgelu".
 
-    clip: "tiny", or a ViT of open_clip such as "ViT-B-16-quickgelu". image_size: side of the
-    training crops. channels: width of the head. network: an open_clip.model.CLIP of this name
-    (default: with random weights). head: further arguments of `Head`. Raises ValueError for another
-    kind of CLIP and for sizes that do not fit.
-    """
+    image_size: side of the training crops. channels: width of the head. network: an
+    open_clip.model.CLIP of this name (default: with random weights). head: further arguments of
+    `Head`. Raises ValueError for another kind of CLIP and for sizes that do not fit."""
     sizes = clip_sizes(clip)
     if not 16 <= image_size <= 2048:
         raise ValueError(f"the image size should lie within 16..2048, not {image_size}")

@@ -12,8 +12,7 @@ def alignment_loss(patches, text, labels, scale):
 
     patches [B,L,D], text [K,D], labels [B,L]. Returns (sum, number of labelled patches). The paper
     gives no formula for this stage; this one is ours: CLIP's classification loss, with patches in
-    place of images and class names in place of captions.
-    """
+    place of images and class names in place of captions."""
     V = F.normalize(patches.detach(), dim=-1)
     T = F.normalize(text, dim=-1)
     logits = scale * torch.einsum("bld,kd->blk", V, T)
@@ -28,8 +27,7 @@ def pre_align(model, tokens, batches, steps, lr):
     tokens [K,n] of the training names. batches: `steps` times (images [B,3,S,S], pixel_labels
     [B,S,S], paths) on the model's device, this process's share of each step's batch. The visual
     encoder is frozen and runs without a graph. AdamW in float32, without weight decay and clipping;
-    the learning rate falls linearly to 0. Returns the last loss.
-    """
+    the learning rate falls linearly to 0. Returns the last loss."""
     params = [p for p in model.text_encoder.parameters() if p.requires_grad]
     if not params:
         raise ValueError("TPA adapts the text encoder, and none of its parameters trains")

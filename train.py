@@ -12,7 +12,7 @@ The same command resumes an interrupted run from its last checkpoint. Everything
 results.json, curves.png, examples.png.
 """
 import argparse
-import contextlib
+import functools
 import json
 import math
 import os
@@ -34,6 +34,7 @@ from losses import (IGNORE, class_prototypes, class_reference_masks, contrast_ma
                     spd_loss, total_loss)
 from model import build
 from support import accidents, checkpoint
+from support.accidents import say
 from support.files import UserError, number, replacing, write_json
 from tpa import pre_align
 
@@ -68,8 +69,7 @@ def parse(argv=None):
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="toy", help=f"{', '.join(data.NAMES)} (default toy)")
-    add("--data-root", help="folder of the datasets (default $RPMD_DATA, else "
-                            "$DETECTRON2_DATASETS, else ./datasets)")
+    add("--data-root", help=data.ROOT_HELP)
     add("--unseen", help="class names to hold out of training and to score apart, comma-separated")
     add("--workers", type=number(int, 0), default=4 if cuda else 0,
         help="loader processes (default 4 with a GPU, else 0)")
@@ -124,9 +124,9 @@ def parse(argv=None):
     if args.init_cat_seg:
         parser.set_defaults(pretrained="none")
     parts = accidents.torchrun()[1] * args.accumulate
-    name = args.dataset.removeprefix("folder:").replace("toy:", "toy-")
+    folder = Path(args.dataset.removeprefix("folder:").replace("toy:", "toy-")).expanduser()
     parser.set_defaults(batch_size=max(RECIPE["batch_size"], parts),
-                        out=str(Path("out", Path(name).expanduser().resolve().name)))
+                        out=f"out/{folder.resolve().name}")
     args = parser.parse_args(argv)
     if args.batch_size % parts:
         raise UserError(f"--batch-size {args.batch_size} does not divide among {parts} (processes "
@@ -134,7 +134,7 @@ def parse(argv=None):
     if args.distill not in ("rpmd", "frozen") or args.adapt not in ("both", "text"):
         args.tpa_steps = 0
     for counter in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
-        if int(os.environ.get(counter, 0)) > 0:  # a scheduler repeats the command
+        if os.environ.get(counter, "0") != "0":  # a scheduler repeats the command
             args.restart = False
     return args
 
@@ -143,10 +143,6 @@ def autocast(device, precision):
     """Mixed precision on a device; fp32 means none (on GPUs, products in TF32)."""
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
-
-
-def unwrap(model):
-    return getattr(model, "module", model)
 
 
 def step_losses(model, momentum, images, pixel_labels, tokens, args):
@@ -162,7 +158,8 @@ def step_losses(model, momentum, images, pixel_labels, tokens, args):
     logits, patches, text = logits.float(), patches.float(), text.float()
     momentum_patches = momentum_patches.float()
 
-    labels = patch_labels(pixel_labels, unwrap(model).grid)  # G [B,L]
+    grid = [side // 4 for side in logits.shape[2:]]  # (H, W)
+    labels = patch_labels(pixel_labels, grid)  # G [B,L]
     reference = correctly_classified(momentum_patches, text, labels)  # Eq. (1)
     normalise = args.spd_features == "normalised"
     spd = spd_loss(patches, momentum_patches, reference, normalise)  # Eq. (2)
@@ -182,25 +179,23 @@ def step_losses(model, momentum, images, pixel_labels, tokens, args):
 
 
 def rival_losses(model, original, images, pixel_labels, tokens, args):
-    """The same for what RPMD is compared with: plain CAT-Seg (--distill none) and MAFT+'s pooled
+    """The same for what RPMD is compared with: plain CAT-Seg (--distill none), and MAFT+'s pooled
     distillation from the CLIP that training began with (pooled; original: a MomentumEncoder whose
-    alpha is 1). In place of reference patches, the student's correctly classified patches are
-    counted."""
+    alpha is 1). The log counts the student's correctly classified patches as reference patches."""
     with autocast(images.device, args.precision):
         logits, patches, text = model(images, tokens)
         original_patches, _ = original(images) if args.distill == "pooled" else (None, None)
     patches = patches.float()
+    grid = [side // 4 for side in logits.shape[2:]]
     loss = segmentation_loss(logits.float(), pixel_labels)
     figures = dict(segmentation_loss=loss)
     if args.distill == "pooled":
-        pooled = pooled_loss(patches, original_patches.float(), unwrap(model).grid)
-        figures["pooled_loss"] = pooled
-        loss = loss + args.lambda_pooled * pooled
-    labels = patch_labels(pixel_labels, unwrap(model).grid)
+        figures["pooled_loss"] = pooled_loss(patches, original_patches.float(), grid)
+        loss = loss + args.lambda_pooled * figures["pooled_loss"]
+    labels = patch_labels(pixel_labels, grid)
     correct = correctly_classified(patches, text.float(), labels)
-    figures |= dict(total_loss=loss, reference_patches=correct.sum(),
-                    labelled_patches=(labels != IGNORE).sum())
-    return loss, figures
+    return loss, figures | dict(total_loss=loss, reference_patches=correct.sum(),
+                                labelled_patches=(labels != IGNORE).sum())
 
 
 def weigh_by_process(losses, counts):
@@ -209,8 +204,7 @@ def weigh_by_process(losses, counts):
 
     A loss is a mean over the process's own N images: those with a reference patch, those whose Q is
     not empty. N differs between processes, so each mean is multiplied by its N over the average N.
-    (L_SEG is a mean over all pixels, whose number is the same everywhere.)
-    """
+    (L_SEG is a mean over all pixels, whose number is the same everywhere.)"""
     if not dist.is_initialized():
         return losses
     counts = torch.stack(counts).double()
@@ -244,7 +238,7 @@ def build_optimiser(model, args):
     """AdamW: the head at --lr, CLIP at --clip-lr-factor of it, no weight decay on norms."""
     head = [p for name, p in model.head.named_parameters() if "norm" not in name]
     norms = [p for name, p in model.head.named_parameters() if "norm" in name]
-    encoders = [*model.image_encoder.parameters(), *model.text_encoder.parameters()]
+    encoders = (*model.image_encoder.parameters(), *model.text_encoder.parameters())
     clip = [p for p in encoders if p.requires_grad]
     groups = [dict(name="head", params=head, base_lr=args.lr),
               dict(name="norms", params=norms, base_lr=args.lr, weight_decay=0.0),
@@ -300,143 +294,111 @@ def reference_statistics(model, momentum, original, tokens, batches):
                 drift=max(0.0, drift / max(1, reference)))
 
 
-def is_first():
-    return not dist.is_initialized() or dist.get_rank() == 0
+def add_line(log, path, **line):
+    """Add a line to the log. Process 0 writes log.jsonl anew: of a resumed run it may hold more."""
+    log.append(line)
+    if accidents.is_first():
+        with replacing(path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in log).encode())
 
 
-def say(text):
-    """Print on process 0."""
-    if is_first():
-        tqdm.write(text)
-
-
-class Log(list):
-    """The lines of log.jsonl, which process 0 writes. Of a run resumed at `step` it keeps the lines
-    up to it, but for the step's evaluation, which comes again."""
-
-    def __init__(self, path, step):
-        self.path = path
-        if step is not None and path.is_file():
-            with contextlib.suppress(json.JSONDecodeError):  # a power cut left the last line cut
-                for text in path.read_text().splitlines():
-                    line = json.loads(text)
-                    if line["step"] < max(1, step) or line["step"] == step and "lr" in line:
-                        self.append(line)
-        if is_first():
-            with replacing(path) as file:
-                file.writelines(f"{json.dumps(line)}\n".encode() for line in self)
-
-    def add(self, **line):
-        self.append(line)
-        if is_first():
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
-
-def log_step(log, step, figures, optimiser, accumulate, grad_norm, seconds):
-    """Add a step's line, over all processes: of figures called ..._loss the mean over processes
-    and micro-batches, of the others (numbers of patches) the sum. Returns what the bar shows."""
+def step_line(step, figures, optimiser, accumulate, grad_norm, seconds):
+    """A step's line of the log, over all processes: of figures called ..._loss the mean over
+    processes and micro-batches, of the others (numbers of patches) the sum."""
     sums = torch.stack(list(figures.values()))
-    world = 1
+    losses = accumulate  # summed up in each figure
     if dist.is_initialized():
         dist.all_reduce(sums)
-        world = dist.get_world_size()
-    line = dict(zip(figures, sums.tolist()))
-    for name in figures:
-        if name.endswith("_loss"):
-            line[name] /= world * accumulate
+        losses *= dist.get_world_size()
+    line = dict(step=step)
+    for name, n in zip(figures, sums.tolist()):
+        line[name] = n / losses if name.endswith("_loss") else n
     line["reference_share"] = line.pop("reference_patches") / max(1, line.pop("labelled_patches"))
     rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
-    log.add(step=step, **line, lr=rates["head"], lr_clip=rates.get("clip", 0.0),
-            grad_norm=grad_norm if math.isfinite(grad_norm) else None, seconds=round(seconds, 3),
-            gpu_memory_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2))
-    return {name: f"{line[name]:.3g}" for name in line if name.endswith(("_loss", "_share"))}
+    return dict(line, lr=rates["head"], lr_clip=rates.get("clip", 0.0), seconds=round(seconds, 3),
+                grad_norm=grad_norm if math.isfinite(grad_norm) else None,
+                gpu_memory_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2))
 
 
-def report(log, distill):
-    """The scores at the start and at the end, and what became of reference patches, as text."""
+def report(out, log, args, model, original, momentum, val_set, seen):
+    """Write results.json and the pictures, and print the scores at the start and at the end, with
+    what became of reference patches. seen: the names that training showed."""
+    write_json(dict(args=vars(args), start=log[0], trained=log[-1]), out / "results.json")
     start = [line for line in log if line["step"] == 0]
     scores = ["seen", "unseen", "harmonic"] if "seen" in log[-1] else ["mIoU_ground_truth"]
     rows = [["per cent", *scores, "reference patches", "drift of these"]]
-    names = ["CLIP, zero-shot", "after TPA"][:len(start)] + [f"trained (--distill {distill})"]
+    names = ["CLIP, zero-shot", "after TPA"][:len(start)] + [f"trained (--distill {args.distill})"]
     for name, line in zip(names, [*start, log[-1]]):
-        shown = [line.get(score, "-") for score in scores]
-        rows.append([name, *shown, 100 * line["reference_share_teacher"], 100 * line["drift"]])
-    return evaluate.format_table(rows)
+        rows.append([name, *map(line.get, scores), 100 * line["reference_share_teacher"],
+                     100 * line["drift"]])
+    say(evaluate.format_table(rows))
+    from support import pictures  # with matplotlib, which takes a while
+    pictures.curves(log, out / "curves.png")
+    unseen = [name for name in val_set.evaluated if name not in seen]
+    evaluate.examples(out / "examples.png", model, original, momentum, val_set, unseen)
+    say(f"written to {out}: examples.png, curves.png, results.json, log.jsonl, last.pt")
 
 
 def main(args):
     """The whole job. Returns the exit status: 0, or 130 when it was asked to stop."""
     # processes
     rank, world, device = accidents.start_processes()
-    accidents.agree(json.dumps(vars(args)), "the flags")
     out = Path(args.out)
     last = out / "last.pt"
 
     # data
     train_set = data.open_dataset(args.dataset, args.data_root, "train", unseen=args.unseen)
     val_set = data.open_dataset(args.dataset, args.data_root, "val")
-    accidents.agree(train_set.fingerprint + val_set.fingerprint, "the images or the class names")
-    for split, dataset in (("training", train_set), ("validation", val_set)):
-        say(f"{split}: {len(dataset)} images of {len(dataset.names)} classes, {dataset.source}")
-        if dataset.warning:
-            say(f"warning: {dataset.warning}")
+    accidents.agree(json.dumps([vars(args), train_set.fingerprint, val_set.fingerprint]),
+                    "the flags, the images or the class names")
+    say(f"training: {train_set.description}\nvalidation: {val_set.description}")
     crops = data.TrainingCrops(train_set, args.image_size, args.seed, args.jitter)
+    batches = functools.partial(data.batches, crops, rank=rank, world=world, workers=args.workers,
+                                device=device)
     size = args.batch_size // world  # images of a step that are this process's
-
-    def batches(size, start, stop):
-        """This process's `size` images of each of the batches start..stop-1, on its device."""
-        loader = data.batches(crops, size, start, stop, rank, world, args.workers)
-        for images, pixel_labels, paths in loader:
-            images = data.normalise(images.to(device, non_blocking=True))
-            yield images, pixel_labels.to(device, non_blocking=True).long(), paths
 
     # student, teacher, optimiser
     model = build_model(args, rank).to(device)
     evaluate.check_names(model, train_set.names, train_set.own_words)
     tokens = model.tokenize(train_set.names)
     original = frozen_copy(model)  # CLIP as training begins
+    alpha = args.alpha if args.distill == "rpmd" else 1.0
     momentum = None
     if args.distill != "none":  # TPA leaves the visual encoder as it is: E^M can begin here
-        alpha = args.alpha if args.distill == "rpmd" else 1.0
         momentum = MomentumEncoder(model.image_encoder, alpha)
     optimiser = build_optimiser(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
     # resume
-    run = dict(model=model, original=original, momentum=momentum, optimiser=optimiser,
+    log = []
+    run = dict(model=model, original=original, momentum=momentum, optimiser=optimiser, log=log,
                scaler=scaler, args=vars(args), names=train_set.names, data=train_set.fingerprint)
     step = None if args.restart else checkpoint.resume(last, **run)
-    log = Log(out / "log.jsonl", step)
-
-    def score(model, zero_shot=False):
-        """Scores on the validation images, in per cent."""
-        sliding = evaluate.is_sliding(None, args.dataset)
-        confusion = evaluate.evaluate(model, val_set, sliding, zero_shot, rank, world)
-        return evaluate.summary(confusion, val_set.evaluated, train_set.names)
+    add = functools.partial(add_line, log, out / "log.jsonl")
 
     def measure():
         """Reference patches in about 32 training crops."""
         some = batches(size, 0, max(1, 32 // args.batch_size))
         return reference_statistics(model, momentum, original, tokens, some)
 
+    def evaluation(model, zero_shot=False):
+        """Scores on the validation images, in per cent, and what `measure` gives."""
+        confusion = evaluate.evaluate(model, val_set, zero_shot, rank, world)
+        return evaluate.summary(confusion, val_set.evaluated, train_set.names) | measure()
+
     # text-to-patch pre-alignment
     if step is None:
         step = 0
-        labels = torch.stack([crops[draw][1] for draw in range(32)]).long()
-        doubt = data.first_look(train_set, data.count_labels(labels, len(train_set.names)),
-                                (patch_labels(labels, model.grid) != IGNORE).sum())
-        if doubt:
-            say(f"warning: {doubt}")
-        log.add(step=0, **score(original, zero_shot=True), **measure())
+        data.first_look(train_set, torch.stack([crops[draw][1] for draw in range(32)]), model.grid)
+        add(step=0, **evaluation(original, zero_shot=True))
         if args.tpa_steps:
             warm_up = tqdm(batches(size, 0, args.tpa_steps), "TPA", args.tpa_steps,
                            disable=rank > 0, leave=False)
             loss = pre_align(model, tokens, warm_up, args.tpa_steps, args.tpa_lr)
-            log.add(step=0, tpa_loss=loss, **measure())
+            add(step=0, tpa_loss=loss, **measure())
         checkpoint.save(last, step=0, **run)
     elif due(args.eval_every, step) and step < args.steps:  # the run may have ended in it
-        log.add(step=step, **score(model), **measure())
+        add(step=step, **evaluation(model))
 
     # joint training
     losses_of = step_losses if args.distill in ("rpmd", "frozen") else rival_losses
@@ -457,7 +419,11 @@ def main(args):
         set_learning_rate(optimiser, step - 1, args.steps)
         figures, paths = {}, []
         for part in range(1, parts + 1):
-            images, pixel_labels, files = next(micro_batches)
+            try:
+                images, pixel_labels, files = next(micro_batches)
+            except UserError:  # a picture can't be read: what has been trained is kept
+                checkpoint.save(last, step=step - 1, **run)
+                raise
             if world > 1:  # DDP reads it in forward: sum gradients after the last part alone
                 network.require_backward_grad_sync = part == parts
             loss, terms = losses_of(network, momentum, images, pixel_labels, tokens, args)
@@ -476,7 +442,8 @@ def main(args):
 
         if due(args.log_every, step) or step == args.steps:
             seconds = time.time() - begin
-            bar.set_postfix(log_step(log, step, figures, optimiser, parts, grad_norm, seconds))
+            add(**step_line(step, figures, optimiser, parts, grad_norm, seconds))
+            bar.set_postfix(loss=log[-1]["total_loss"], reference=log[-1]["reference_share"])
         stop = accidents.anyone_asked_to_stop()
         evaluation_due = due(args.eval_every, step) or step == args.steps
         if stop or evaluation_due or due(args.save_every, step):
@@ -487,17 +454,11 @@ def main(args):
             say(f"stopped after step {step} as asked; the same command resumes from {last}")
             return 130
         if evaluation_due and step < args.steps:
-            log.add(step=step, **score(model), **measure())
+            add(step=step, **evaluation(model))
 
-    log.add(step=step, **score(model), **measure())
+    add(step=step, **evaluation(model))
     if rank == 0:
-        write_json(dict(args=vars(args), start=log[0], trained=log[-1]), out / "results.json")
-        say(report(log, args.distill))
-        from support import pictures  # with matplotlib, which takes a while
-        pictures.curves(log, out / "curves.png")
-        unseen = [name for name in val_set.evaluated if name not in train_set.names]
-        evaluate.examples(out / "examples.png", model, original, momentum, val_set, unseen)
-        say(f"written to {out}: examples.png, curves.png, results.json, log.jsonl, last.pt")
+        report(out, log, args, model, original, momentum, val_set, train_set.names)
     return 0
 
 

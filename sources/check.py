@@ -14,7 +14,7 @@ from tqdm import tqdm
 import data
 from sources import readers
 from support.accidents import door
-from support.files import UserError, number
+from support.files import UserError
 
 
 def inspect(dataset, i):
@@ -28,26 +28,24 @@ def inspect(dataset, i):
         return e
 
 
-def check(dataset, title, workers):
+def check(dataset, title):
     """Read a dataset and print what is in it. Raises UserError if it can't be used as it is."""
-    print(f"{title}: {len(dataset)} images from {dataset.source}")
-    loader = torch.utils.data.DataLoader(range(len(dataset)), None, num_workers=workers,
+    print(f"{title}: {dataset.description}")
+    loader = torch.utils.data.DataLoader(range(len(dataset)), None, num_workers=os.cpu_count(),
                                          collate_fn=functools.partial(inspect, dataset))
     items = list(tqdm(data.in_loaders(loader), "reading", len(dataset), leave=False))
     wrong = [item for item in items if isinstance(item, UserError)]
     if wrong:
         print(*wrong, sep="\n")
         raise UserError(f"{title}: {len(wrong)} of {len(items)} items are broken")
-    counts, palettes = zip(*items)
-    shares = 100 * sum(counts) / sum(counts).sum()
-    for share, name in sorted(zip(shares, [*dataset.evaluated, "(ignored)"]), reverse=True):
-        print(f"{share:7.2f} % of the pixels  {name}")
-    doubts = [dataset.warning, data.first_look(dataset, sum(counts))]
-    colours = {entry for palette in palettes for entry in palette.items()}
+    counts = sum(counts for counts, _ in items)
+    for n, name in sorted(zip(counts, [*dataset.evaluated, "(ignored)"]), reverse=True):
+        print(f"{100 * n / counts.sum():7.2f} % of the pixels  {name}")
+    if said := data.doubt(dataset, counts):
+        print(f"warning: {said}")
+    colours = {entry for _, palette in items for entry in palette.items()}
     if len(colours) > len(dict(colours)):
-        doubts.append("palettes differ: does an index mean the same class in all of the masks?")
-    for doubt in filter(None, doubts):
-        print(f"warning: {doubt}")
+        print("warning: palettes differ: does an index mean the same class in all of the masks?")
     from support import pictures
     path = Path("out/check", re.sub("[/:]", "-", title)[-100:] + ".png")
     pictures.samples(path, dataset, range(0, len(dataset), max(1, len(dataset) // 4))[:4])
@@ -55,17 +53,15 @@ def check(dataset, title, workers):
 
 
 def main():
-    p = argparse.ArgumentParser("python -m sources.check", description="Check datasets.")
-    p.add_argument("names", nargs="+", metavar="NAME", help=", ".join(data.NAMES))
-    p.add_argument("--data-root", help="the benchmarks' folder (or $RPMD_DATA)")
-    p.add_argument("--split", choices=("train", "val"), help="default: both")
-    p.add_argument("--workers", type=number(int, 0), default=os.cpu_count(), help="processes")
-    args = p.parse_args()
+    parser = argparse.ArgumentParser("python -m sources.check", description="Check datasets.")
+    parser.add_argument("names", nargs="+", metavar="NAME", help=", ".join(data.NAMES))
+    parser.add_argument("--data-root", help=data.ROOT_HELP)
+    parser.add_argument("--split", choices=("train", "val"), help="default: both")
+    args = parser.parse_args()
     for name in args.names:
         splits = ["val"] if name == "voc-20b" else ["train", "val"]
         for split in [args.split] if args.split else splits:
-            dataset = data.open_dataset(name, args.data_root, split)
-            check(dataset, f"{name} {split}", args.workers)
+            check(data.open_dataset(name, args.data_root, split), f"{name} {split}")
 
 
 if __name__ == "__main__":

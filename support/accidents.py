@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from support.files import UserError
 
@@ -24,32 +25,29 @@ def door():
     a signal with 130; any other exception is a mistake of this project and keeps its traceback."""
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     answer_signals(signal.default_int_handler)  # raises KeyboardInterrupt
+    status = 1
     try:
         yield
         if dist.is_initialized():
             dist.destroy_process_group()
-        sys.stdout.flush()
+        return
     except UserError as e:
-        leave(1, f"error: {e}")
+        said = f"error: {e}"
     except KeyboardInterrupt:
-        leave(130, "stopped")
+        status, said = 130, "stopped"
     except torch.OutOfMemoryError as e:
-        leave(1, f"error: {e}; --accumulate 2 and --recompute-head need less memory")
+        said = f"error: {e}; --accumulate 2 and --recompute-head need less memory"
     except RuntimeError as e:
         if not dist.is_initialized() or not re.search("gloo|nccl", str(e), re.IGNORECASE):
             raise
-        first_line = str(e).strip().splitlines()[0]
-        leave(1, f"error: rank {dist.get_rank()} lost contact with another process ({first_line}); "
-                 "that process says why, unless it hangs or was killed")
-
-
-def leave(status, sentence):
-    """End with this as the last line. In a process group at once: the threads of its collectives
-    would wait for the other processes."""
-    print(sentence, file=sys.stderr, flush=True)
-    sys.stdout.flush()
+        said = (f"error: rank {dist.get_rank()} lost contact with another process "
+                f"({str(e).strip().splitlines()[0]}); that process says why, unless it hangs or "
+                "was killed")
+    finally:
+        sys.stdout.flush()
+    print(said, file=sys.stderr, flush=True)
     if dist.is_initialized():
-        os._exit(status)
+        os._exit(status)  # at once: threads of collectives would wait for the other processes
     sys.exit(status)
 
 
@@ -96,10 +94,9 @@ def defer_signals():
 
 def anyone_asked_to_stop():
     """True if any process was asked to stop. Called after every step by all processes."""
-    if not dist.is_initialized():
-        return stop_asked
     answer = torch.tensor(int(stop_asked))
-    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+    if dist.is_initialized():
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX)
     return bool(answer)
 
 
@@ -130,21 +127,25 @@ def start_processes():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions by default
     else:
-        keep_memory()
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            # keep the memory of large tensors: faulting it in anew is half of a step's time
+            mallopt(-4, 0)  # M_MMAP_MAX
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD
     if world > 1:
         dist.init_process_group(backend, timeout=TIMEOUT,
                                 device_id=device if device.type == "cuda" else None)
     return rank, world, device
 
 
-def keep_memory():
-    """Have glibc keep the memory of large tensors instead of faulting it in anew at every step,
-    which takes half of a step's time on CPUs."""
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
+def is_first():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def say(text):
+    """Print on process 0."""
+    if is_first():
+        tqdm.write(text)
 
 
 def agree(value, what):
@@ -174,6 +175,6 @@ def lock_folder(out):
     except (BlockingIOError, PermissionError):
         raise UserError(f"--out {out} is in use by another run: use another, or wait") from None
     except OSError as e:
-        print(f"note: {out} is on a file system without locks ({e}): start no second run in it")
+        say(f"note: {out} is on a file system without locks ({e}): start no second run in it")
     for leftover in out.glob(".*.????????.partial"):  # `replacing` was killed
         leftover.unlink()

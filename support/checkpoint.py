@@ -1,19 +1,21 @@
 """Checkpoints: written whole, taken back bit for bit, and CAT-Seg's published ones read. What is
 wrong with a file becomes a UserError that names it; nothing in a file is executed."""
 import hashlib
+import json
 import re
 import warnings
 from pathlib import Path
 
 import open_clip
 import torch
-import torch.distributed as dist
 
 from model import build, clip_sizes
 from support import accidents
 from support.files import UserError, reading, replacing
 
-FIXED = ("clip", "image_size", "adapt", "distill", "batch_size", "seed")  # flags, for `resume`
+FIXED = {"names": "class names", "data": "images whose names have the digest", "clip": "--clip",
+         "image_size": "--image-size", "adapt": "--adapt", "distill": "--distill",
+         "batch_size": "--batch-size", "seed": "--seed"}  # what a resumed run has to share
 CAT_SEG = {  # by the shape of the patch embedding's kernel, the CLIP of its published checkpoints
     (768, 3, 16, 16): "ViT-B-16-quickgelu", (1024, 3, 14, 14): "ViT-L-14-336-quickgelu"}
 CAT_SEG_NAMES = {  # what in the names of its tensors becomes what, in this order
@@ -106,21 +108,33 @@ def load_clip(clip, pretrained):
     and model differ in their activation."""
     with reading(f"--pretrained {pretrained}", f"weights of --clip {clip}"):
         sizes = clip_sizes(clip)
-        url = open_clip.get_pretrained_url(clip, "openai")
-        if clip != "tiny" and not published_by_openai(pretrained, url):
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", "QuickGELU mismatch")
-                return open_clip.create_model(clip, pretrained)
-        network = open_clip.model.CLIP(**sizes)
         if clip == "tiny":
+            network = open_clip.model.CLIP(**sizes)
             open_clip.load_checkpoint(network, pretrained)
-        else:
+        elif is_openais(pretrained, open_clip.get_pretrained_url(clip, "openai")):
+            network = open_clip.model.CLIP(**sizes)
             state = torch.jit.load(pretrained, map_location="cpu").state_dict()
             network.load_state_dict({name: state[name] for name in network.state_dict()})
+        else:
+            if Path(pretrained).is_file():
+                check_activation(pretrained, sizes.get("quick_gelu", False))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "QuickGELU mismatch")  # of a tag
+                network = open_clip.create_model(clip, pretrained)
         return network
 
 
-def published_by_openai(path, url):
+def check_activation(path, quick_gelu):
+    """Weights do not say which GELU they were trained with. open_clip's config beside them does."""
+    config = Path(path).with_name("open_clip_config.json")
+    if not config.is_file():
+        accidents.say(f"note: {path} is taken to be trained with {'Quick' * quick_gelu}GELU")
+    elif json.loads(config.read_text())["model_cfg"].get("quick_gelu", False) != quick_gelu:
+        raise ValueError(f"{config} asks for {'Quick' * (not quick_gelu)}GELU: choose --clip "
+                         f"{'without' if quick_gelu else 'with'} -quickgelu")
+
+
+def is_openais(path, url):
     """Whether a file is the one at OpenAI's url, which holds its SHA-256. These files are programs
     (TorchScript), so no other file of this kind is opened."""
     if not url or not Path(path).is_file():
@@ -132,7 +146,7 @@ def published_by_openai(path, url):
 def save(path, step, model, original, **run):
     """Write a checkpoint, on process 0. run: further objects by name; of those that have a state,
     such as the optimiser, the state is written."""
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if not accidents.is_first():
         return
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     start = {name: tensor for name, tensor in original.state_dict().items()
@@ -144,7 +158,7 @@ def save(path, step, model, original, **run):
                         **states), file)
 
 
-def resume(path, model, original, momentum, optimiser, scaler, args, names, data):
+def resume(path, model, original, momentum, optimiser, scaler, log, args, names, data):
     """Fill the objects with what `save` has written of them. Returns the step, or None where there
     is no checkpoint; all processes agree on it. Learning rates and the like are from now on as
     args says. Raises UserError when the checkpoint is of other classes, images or FIXED flags."""
@@ -156,15 +170,11 @@ def resume(path, model, original, momentum, optimiser, scaler, args, names, data
             if type(step) is not int or not 0 <= step <= args["steps"]:
                 raise UserError(f"{path} is at step {step} of --steps {args['steps']}: use another "
                                 "--out, or --restart")
-            then = {"class names": state["names"], "digest of the images' names": state["data"]}
-            now = {"class names": names, "digest of the images' names": data}
-            for flag in FIXED:
-                option = "--" + flag.replace("_", "-")
-                then[option], now[option] = state["args"][flag], args[flag]
-            for what in now:
-                if then[what] != now[what]:
-                    raise UserError(f"{path} was trained with {what} {str(then[what])[:200]}, not "
-                                    f"{str(now[what])[:200]}: use another --out, or --restart")
+            then, now = {**state["args"], **state}, {**args, "names": names, "data": data}
+            for name, title in FIXED.items():
+                if then[name] != now[name]:
+                    raise UserError(f"{path} was trained with {title} {str(then[name])[:200]}, not "
+                                    f"{str(now[name])[:200]}: use another --out, or --restart")
             model.load_state_dict(state["model"])
             original.load_state_dict({**state["model"], **state["original"]})
             if momentum:
@@ -177,5 +187,6 @@ def resume(path, model, original, momentum, optimiser, scaler, args, names, data
                     raise ValueError("the optimiser's state has other shapes")
             if state["scaler"]:
                 scaler.load_state_dict(state["scaler"])
+            log[:] = state["log"]
     accidents.agree(step, f"the steps of {path} (--out should be one folder for all nodes)")
     return step

@@ -90,8 +90,10 @@ def sheet(path, titles, rows, patches, caption=""):
         ax.set_axis_off()
     for ax, title in zip(axes[0], titles):
         ax.set_title(title, fontsize=8)
-    figure.legend(handles=patches, title=caption, ncols=3, fontsize=8, title_fontsize=8,
-                  alignment="left", frameon=False, loc="outside lower left")
+    legend = figure.legend(handles=patches, title=caption, ncols=3, fontsize=8, title_fontsize=8,
+                           alignment="left", frameon=False, loc="outside lower left")
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name may hold $
     with replacing(Path(path)) as file:
         figure.savefig(file, format="png", bbox_inches="tight", pad_inches=0.06)
 

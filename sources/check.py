@@ -48,7 +48,8 @@ def check(dataset, title):
         print("warning: palettes differ: does an index mean the same class in all of the masks?")
     from support import pictures
     path = Path("out/check", re.sub("[/:]", "-", title)[-100:] + ".png")
-    pictures.samples(path, dataset, range(0, len(dataset), max(1, len(dataset) // 4))[:4])
+    samples = range(0, len(dataset), max(1, len(dataset) // 4))[:4]
+    pictures.labelled(path, [dataset.load(i)[:2] for i in samples], dataset.evaluated)
     print(f"{title}: usable; four samples: {path}")
 
 

@@ -55,9 +55,6 @@ def read_image(image):
         return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
 
 
-as_image = read_image
-
-
 def read_mask(path):
     """A picture of one channel -> its values; of a palette the indices, never the colours."""
     with reading(path, "a mask"):

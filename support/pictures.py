@@ -107,11 +107,6 @@ def labelled(path, rows, names, shares=False):
     return [patch.get_label().strip() for patch in patches]
 
 
-def samples(path, dataset, indices):
-    """Write some pictures of a dataset, each beside its labels."""
-    labelled(path, [dataset.load(i)[:2] for i in indices], dataset.evaluated)
-
-
 def curves(lines, path):
     """Write what a run's log.jsonl says by step: losses, share of reference patches, and mIoU."""
     panels = {

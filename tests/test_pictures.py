@@ -16,17 +16,18 @@ def figures(monkeypatch):
     return saved
 
 
-@pytest.mark.parametrize("count, apart", [(20, 35), (52, 20), (171, 10), (847, 5)])
-def test_colours_can_be_told_apart(count, apart):
+def test_colours_can_be_told_apart():
     """In CIELAB, where 2.3 is just noticeable; also from white lines, and from black: no label."""
-    rgb = np.vstack([pictures.palette()[:count], [(0, 0, 0), (255, 255, 255)]]).astype(np.uint8)
+    rgb = np.vstack([[(0, 0, 0), (255, 255, 255)], pictures.palette()[:847]]).astype(np.uint8)
     profiles = [ImageCms.createProfile(space) for space in ("sRGB", "LAB")]
     to_lab = ImageCms.buildTransform(*profiles, "RGB", "LAB")
     lab = np.asarray(ImageCms.applyTransform(Image.fromarray(rgb[None]), to_lab), float)[0]
     light, a, b = lab.T
     lab = np.stack([light * 100 / 255, (a + 128) % 256, (b + 128) % 256], -1)
     distance = np.linalg.norm(lab[:, None] - lab, axis=-1) + 1e9 * np.eye(len(lab))
-    assert distance.min() > apart and not pictures.palette()[IGNORE].any()
+    for count, apart in ((20, 35), (52, 20), (171, 10), (847, 5)):
+        assert distance[:count + 2, :count + 2].min() > apart
+    assert not pictures.palette()[IGNORE].any()
 
 
 def test_labels_are_painted_in_their_colours():

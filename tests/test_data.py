@@ -1,7 +1,6 @@
 """Datasets by name, class names, pictures and masks that are not what they seem, and training crops
 that depend on nothing but a seed and a draw number."""
 import os
-import signal
 import struct
 import zlib
 from pathlib import Path
@@ -193,14 +192,14 @@ def test_pictures_of_more_than_8_bits_are_scaled_or_refused(folder):
 def test_colours_of_16_bits(folder):
     """Pillow can read them, as 8 bits, and can't write them."""
     head = struct.pack(">IIBBBBB", 80, 60, 16, 2, 0, 0, 0)
-    for value in (65535, 200):
+    for value in (200, 65535):
         rows, png = (b"\0" + 240 * struct.pack(">H", value)) * 60, b"\x89PNG\r\n\x1a\n"
         for chunk in (b"IHDR" + head, b"IDAT" + zlib.compress(rows), b"IEND"):
             png += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
         (folder / "images/train/0.jpg").write_bytes(png)
-        if value == 65535:
-            assert (np.asarray(trained(folder).load(0)[0]) == 255).all()
-    refused("0.jpg .*more than 8 bits should fill", trained(folder).load, 0)
+        if value == 200:
+            refused("0.jpg .*more than 8 bits should fill", trained(folder).load, 0)
+    assert (np.asarray(trained(folder).load(0)[0]) == 255).all()
 
 
 def test_samples_are_a_function_of_seed_and_draw(folder):
@@ -231,16 +230,6 @@ def test_batches_are_the_same_for_any_number_of_workers_and_processes(folder):
         assert torch.equal(labels, torch.cat([s[1] for s in shares]))
         assert list(paths) == [p for s in shares for p in s[2]]
     assert len(next(iter(data.batches(crops, 2, 0, 10 ** 12)))[2]) == 2  # no list of all draws
-
-
-class Killed(torch.utils.data.Dataset):
-    def __getitem__(self, draw):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_loader_process_that_is_killed_is_one_sentence():
-    refused("failed .*exited.*--workers 0.*--shm-size",
-            lambda: list(data.batches(Killed(), 1, 0, 1, workers=1)))
 
 
 def test_normalise():

@@ -267,14 +267,13 @@ def test_pictures_of_ones_own(tiny, tmp_path, command, monkeypatch):
 def test_doubtful_names_are_told(tiny, folder, tmp_path, command, capsys):
     """Refused where they are the user's own, a note for a published list, a warning where a toy
     world's CLIP never saw the words."""
-    checkpoint = save(tiny, tmp_path / "c.pt", args={"dataset": "toy:3"})
-    photo(100, 80).save(tmp_path / "a.jpg")
-    for what in (("--image", tmp_path / "a.jpg"), ("--datasets", f"folder:{folder}")):
-        status, said = command("--checkpoint", checkpoint, *what, "--classes", "Sky, sky, tree")
-        assert status == 1 and "'Sky'" in said and "'sky'" in said
+    options = ("--checkpoint", save(tiny, tmp_path / "c.pt", args={"dataset": "toy:3"}),
+               "--datasets", f"folder:{folder}", "--views=whole")
+    status, said = command(*options, "--classes", "Sky, sky, tree")
+    assert status == 1 and "'Sky'" in said and "'sky'" in said
     evaluate.check_names(tiny, ["Sky", "sky"])
     assert capsys.readouterr().out.startswith("note: ")
-    said = command("--checkpoint", checkpoint, "--datasets", f"folder:{folder}", "--views=whole")[1]
+    said = command(*options)[1]
     assert "warning: " in said and "'red thing'" in said
 
 

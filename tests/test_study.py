@@ -82,7 +82,6 @@ def test_what_has_no_patches_is_none(tiny, folder):
 
 def test_shift(tiny, folder, tmp_path, monkeypatch, capsys):
     """Correlations begin with three checkpoints: two are always on a line."""
-    monkeypatch.setattr(evaluate, "is_sliding", lambda *of_which: False)
     paths = [str(tmp_path / f"{by}.pt") for by in (0.1, 0.3, 0.5)]
     for path, by in zip(paths, (0.1, 0.3, 0.5)):
         torch.save(dict(config=tiny.config, model=moved(tiny, by).state_dict(),

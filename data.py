@@ -17,7 +17,7 @@ from support.files import UserError, reading
 ROOT_HELP = ("folder of the benchmarks (default $RPMD_DATA, else $DETECTRON2_DATASETS, else "
              "./datasets)")
 NAMES = (*BENCHMARKS, "folder:PATH", "toy", "toy:N")
-REPORTED = ("ade20k-847", "pc-459", "ade20k-150", "pc-59", "voc-20", "voc-20b")  # by the field
+REPORTED = ("ade20k-847", "pc-459", "ade20k-150", "pc-59", "voc-20", "voc-20b")  # by papers
 NO_NAME = re.compile(r"$|#|-\s|\d+\s*([:;,=)]|$)|.*:\s*\d|.*[\0-\x1f\x7f-\x9f]|.{301}")
 LOADER_TIMEOUT = 300  # seconds that a loader process may take for a batch
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)  # CLIP's
@@ -156,7 +156,7 @@ class TrainingCrops(torch.utils.data.Dataset):
         self.size = size
         self.seed = seed
         self.jitter = jitter
-        self.orders = {}  # of the running epoch alone
+        self.orders = {}  # of the current epoch only
 
     def __getitem__(self, draw):
         epoch, place = divmod(draw, len(self.dataset))

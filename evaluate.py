@@ -1,4 +1,4 @@
-"""Evaluation: label maps by sliding windows, confusion matrices, mIoU; and pictures of one's own.
+"""Evaluation: label maps by sliding windows, confusion matrices, mIoU; and your own pictures.
 
     python evaluate.py --checkpoint out/toy/last.pt --datasets toy                  one process
     torchrun --nproc_per_node=8 evaluate.py --checkpoint out/coco-stuff/last.pt --datasets all
@@ -292,7 +292,7 @@ def result_path(name, dataset, args):
 
 def label_pictures(model, trained_on, args):
     """--image: label pictures, or all files of folders, with --classes. Those that can't be read
-    are told in the end, as a UserError."""
+    are listed at the end, as a UserError."""
     from support import pictures
     if not args.classes:
         raise UserError('--image needs --classes, as in --classes "cat, sofa, wooden floor"')
@@ -330,18 +330,19 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--checkpoint", required=True, help="of train.py, or one that CAT-Seg published")
+    add("--checkpoint", required=True, help="checkpoint of train.py, or one that CAT-Seg published")
     add("--datasets", nargs="+", default=["toy"], metavar="NAME",
         help=f"{', '.join(data.NAMES)}; all: {', '.join(data.REPORTED)} (default toy)")
     add("--data-root", help=data.ROOT_HELP)
     add("--split", choices=("train", "val"), default="val", help="default val")
-    add("--image", nargs="+", metavar="PATH", help="instead: pictures, or folders of them")
-    add("--classes", help="names: a file, or comma-separated; for --image, or a dataset's own anew")
+    add("--image", nargs="+", metavar="PATH", help="label these pictures or folders instead; "
+                                                    "needs --classes")
+    add("--classes", help="class names, a file or comma-separated; replace a dataset's own")
     add("--views", choices=("sliding", "whole"),
         help="CAT-Seg's five views of an image, or one (default sliding; whole for toy worlds)")
-    add("--zero-shot", action="store_true", help="CLIP as training began with it, without the head")
+    add("--zero-shot", action="store_true", help="the original CLIP, without the head")
     add("--compile", action="store_true", help="torch.compile: the first image takes minutes")
-    add("--save-labels", action="store_true", help="also label maps as png files")
+    add("--save-labels", action="store_true", help="also write label maps as png files")
     add("--out", help="folder for results (default: eval/ beside the checkpoint; with --image, "
                       "beside the picture)")
     return p.parse_args(argv)

@@ -47,14 +47,14 @@ def correctly_classified(patches, text, labels, ignore=-1):
     return (predicted == labels) & (labels != ignore)
 
 
-reference_mask = correctly_classified  # its name where it is given momentum patches
+reference_mask = correctly_classified  # alias for momentum patches
 
 
 def spd_loss(patches, momentum_patches, mask, normalise=False):
     """Eq. (2), selective patch distillation: mean of ||V_p - V^M_p||^2 over the reference patches.
 
     patches, momentum_patches [B,L,D]; mask bool [B,L]: the reference patches. normalise: compare
-    unit vectors, which Eq. (2) does not say and train.py does by default. Returns a scalar: the
+    unit vectors, as train.py does by default; Eq. (2) compares raw features. Returns a scalar: the
     mean over the reference patches of an image, then over the images that have one; 0 (with zero
     gradient) when none has. No gradient reaches momentum_patches."""
     if not patches.shape == momentum_patches.shape == (*mask.shape, patches.shape[-1]):

@@ -20,7 +20,7 @@ from timm.layers import resample_abs_pos_embed
 from torch.utils.checkpoint import checkpoint
 
 PROMPT = "A photo of a {} in the scene"  # CAT-Seg's
-MAX_CLASSES = 256  # the head sees at most so many per image; the others get a logit of -100
+MAX_CLASSES = 256  # the head sees at most this many per image; the others get a logit of -100
 make_tokenizer = functools.cache(open_clip.tokenizer.SimpleTokenizer)
 TINY = dict(  # the toy world's CLIP
     embed_dim=128,
@@ -30,7 +30,7 @@ TINY = dict(  # the toy world's CLIP
 
 
 def device_type(x):
-    return "cuda" if x.is_cuda else "cpu"  # what autocast knows: no meta
+    return "cuda" if x.is_cuda else "cpu"  # autocast refuses "meta"
 
 
 def lowered(parameter, dtype):
@@ -301,7 +301,7 @@ class ClassAggregation(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, C))
 
     def forward(self, x, guidance):
-        """x [B,K,H,W,C], guidance [B,K,1,1,C] -> [B,K,H,W,C]. Pools 2x2 in training, as CAT-Seg."""
+        """x [B,K,H,W,C], guidance [B,K,1,1,C] -> [B,K,H,W,C]. Training pools 2x2, as CAT-Seg does."""
         B, K, H, W, C = x.shape
         y = x
         if self.training:

@@ -45,10 +45,10 @@ RECIPE = dict(
     image_size=384, channels=128, prior=None, jitter=1.0,
     # MAFT+'s
     lambda_pooled=0.1,
-    # ours. alpha remembers about a third of the run
-    lambda_spd=1.0, lambda_cpa=1.0, tau=0.1, alpha=0.99996, tpa_steps=200, tpa_lr=2e-6,
+    # ours; so is alpha, 1 - 3 / steps: a memory of a third of the run
+    lambda_spd=1.0, lambda_cpa=1.0, tau=0.1, tpa_steps=200, tpa_lr=2e-6,
     log_every=50, eval_every=10_000, save_every=1000, snapshot_every=0)
-TOY = dict(  # with --clip tiny. All ours, chosen on toy worlds that no table of results shows
+TOY = dict(  # with --clip tiny. All ours; learning rates and lambda_spd were tuned on toy worlds
     steps=320, lr=2.5e-3, clip_lr_factor=0.3, clip_grad=0.1, image_size=64, channels=32, prior=0.08,
     jitter=0.2, lambda_pooled=0.03, lambda_spd=0.3, lambda_cpa=0.1, alpha=0.99, tpa_steps=10,
     tpa_lr=5e-4, log_every=10, eval_every=160, save_every=80)
@@ -70,39 +70,43 @@ def parse(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="toy", help=f"{', '.join(data.NAMES)} (default toy)")
     add("--data-root", help=data.ROOT_HELP)
-    add("--unseen", help="class names to hold out of training and to score apart, comma-separated")
+    add("--unseen", help="class names to hold out of training and to score separately, "
+                         "comma-separated")
     add("--workers", type=number(int, 0), default=4 if cuda else 0,
-        help="loader processes (default 4 with a GPU, else 0)")
+        help="loader processes per GPU (default 4; 0 without a GPU)")
 
     add = parser.add_argument_group("model").add_argument
     add("--clip", help="tiny (default for toy), or a ViT of open_clip (default ViT-B-16-quickgelu)")
     add("--pretrained", help="CLIP's weights: a tag of open_clip (default openai), a file, toy "
                              "(default for toy) or none (default for other data with tiny)")
-    add("--init-cat-seg", metavar="FILE", help="start from a checkpoint that CAT-Seg published")
+    add("--init-cat-seg", metavar="FILE", help="start from a checkpoint that CAT-Seg published: "
+                                               "its CLIP is then the original one")
     add("--adapt", default="both", choices=("both", "visual", "text", "none"),
         help="encoders of CLIP that are trained (default both)")
     setting("--image-size", number(int, 16, 2048), "side of the training crops")
     add("--precision", choices=("fp32", "bf16", "fp16"), default="bf16" if bf16 else "fp32",
         help="mixed precision (default bf16 on GPUs that have it, else fp32)")
-    add("--recompute-head", action="store_true", help="save memory: run the head twice")
+    add("--recompute-head", action="store_true", help="recompute the head in the backward pass: "
+        "slower, with less memory")
     add("--compile", action="store_true", help="torch.compile; the first step takes minutes")
 
     add = parser.add_argument_group("method").add_argument
     add("--distill", default="rpmd", choices=("rpmd", "frozen", "pooled", "none"),
-        help="rpmd (default); frozen: RPMD whose teacher is the original CLIP; pooled: MAFT+'s "
-             "distillation; none: plain CAT-Seg")
+        help="rpmd (default); baselines: frozen (RPMD with the original CLIP as the teacher), "
+             "pooled (MAFT+'s distillation), none (plain CAT-Seg)")
     setting("--lambda-spd", number(float, 0), "weight of SPD in Eq. (6)")
     setting("--lambda-cpa", number(float, 0), "weight of CPA in Eq. (6)")
     setting("--tau", number(float, 1e-6), "temperature of CPA, Eq. (5)")
-    setting("--alpha", number(float, 0, 1), "EMA decay; the memory is about 1/(1 - alpha) steps")
+    add("--alpha", type=number(float, 0, 1), help="EMA decay; the memory is about 1 / (1 - alpha) "
+        f"steps (default 1 - 3 / steps; tiny CLIP {TOY['alpha']:g})")
     add("--spd-features", default="normalised", choices=("normalised", "raw"),
         help="features that Eq. (2) compares: unit vectors (default), or raw as in the letter")
-    setting("--tpa-steps", number(int, 0), "steps of TPA, for RPMD with a text encoder that trains")
+    setting("--tpa-steps", number(int, 0), "steps of TPA, if the text encoder is trained with SPD")
     setting("--tpa-lr", number(float, 0), "learning rate of TPA")
 
     add = parser.add_argument_group("schedule and run").add_argument
     setting("--steps", number(int, 1), "optimiser steps of joint training")
-    setting("--batch-size", number(int, 1), "global batch size over all GPUs")
+    setting("--batch-size", number(int, 1), "global batch size, rounded up to all GPUs")
     add("--accumulate", type=number(int, 1), default=1,
         help="micro-batches per step; SPD and CPA are averaged within each (default 1)")
     setting("--lr", number(float, 0), "learning rate of the head")
@@ -111,21 +115,22 @@ def parse(argv=None):
     setting("--save-every", number(int, 0), "steps between checkpoints, 0: with each evaluation")
     setting("--snapshot-every", number(int, 0), "steps between checkpoints that are kept, 0: none")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0,
-        help="seed of the head's first weights and of the data (default 0)")
+        help="seed of the head's initialisation and of the data's order (default 0)")
     add("--out", help="folder for everything that is written (default out/DATASET)")
     add("--restart", action="store_true", help="overwrite the run in --out instead of resuming it")
 
     parser.set_defaults(**RECIPE)
     args = parser.parse_args(argv)
     toy = args.dataset.startswith("toy")
-    parser.set_defaults(clip="tiny" if toy else "ViT-B-16-quickgelu", pretrained="openai")
+    parser.set_defaults(clip="tiny" if toy else "ViT-B-16-quickgelu", pretrained="openai",
+                        alpha=max(0.0, 1 - 3 / args.steps))
     if args.clip == "tiny" or toy and not args.clip:
         parser.set_defaults(**TOY, pretrained="toy" if toy else "none")
     if args.init_cat_seg:
         parser.set_defaults(pretrained="none")
     parts = accidents.torchrun()[1] * args.accumulate
     folder = Path(args.dataset.removeprefix("folder:").replace("toy:", "toy-")).expanduser()
-    parser.set_defaults(batch_size=max(RECIPE["batch_size"], parts),
+    parser.set_defaults(batch_size=math.ceil(RECIPE["batch_size"] / parts) * parts,
                         out=f"out/{folder.resolve().name}")
     args = parser.parse_args(argv)
     if args.batch_size % parts:
@@ -150,7 +155,7 @@ def step_losses(model, momentum, images, pixel_labels, tokens, args):
 
     model: Segmenter, or DDP around one. momentum: MomentumEncoder. images [B,3,S,S] with CLIP's
     mean and standard deviation, pixel_labels int64 [B,S,S], tokens [K,n] of `Segmenter.tokenize`.
-    Returns L_total and, for the log, a dict: its terms, weighed by process, and numbers of patches.
+    Returns L_total and, for the log, its terms, scaled by `weigh_by_process`, and patch counts.
     """
     with autocast(images.device, args.precision):
         logits, patches, text = model(images, tokens)  # [B,K,4H,4W], V [B,L,D], T [K,D]
@@ -179,7 +184,7 @@ def step_losses(model, momentum, images, pixel_labels, tokens, args):
 
 
 def rival_losses(model, original, images, pixel_labels, tokens, args):
-    """The same for what RPMD is compared with: plain CAT-Seg (--distill none), and MAFT+'s pooled
+    """One micro-batch of the baselines: plain CAT-Seg (--distill none), and MAFT+'s pooled
     distillation from the CLIP that training began with (pooled; original: a MomentumEncoder whose
     alpha is 1). The log counts the student's correctly classified patches as reference patches."""
     with autocast(images.device, args.precision):
@@ -260,7 +265,7 @@ def due(n, step):
 
 
 def refuse_non_finite(figures, grad_norm, scaler, where):
-    """Under fp16 an infinite gradient is the scaler's to skip; an infinite loss is nobody's."""
+    """Stop if a loss is not finite, or the gradient, which under fp16 the scaler skips."""
     sums = torch.stack(list(figures.values()))
     if sums.isfinite().all() and (math.isfinite(grad_norm) or scaler.is_enabled()):
         return
@@ -274,7 +279,7 @@ def refuse_non_finite(figures, grad_norm, scaler, where):
 def reference_statistics(model, momentum, original, tokens, batches):
     """Reference patches, Eq. (1), over batches and all processes, as two lines of the log: the
     share that the teacher (without one, the student) finds among the labelled patches; and how far
-    the student's features have drifted from the original CLIP's, 1 - cos, on those of the latter.
+    the student's features have drifted, 1 - cos, on the original CLIP's reference patches.
     """
     text, original_text = model.encode_text(tokens), original.encode_text(tokens)
     sums = torch.zeros(4, dtype=torch.float64, device=text.device)
@@ -295,7 +300,8 @@ def reference_statistics(model, momentum, original, tokens, batches):
 
 
 def add_line(log, path, **line):
-    """Add a line to the log. Process 0 writes log.jsonl anew: of a resumed run it may hold more."""
+    """Add a line to the log. Process 0 rewrites log.jsonl: it may hold lines after the checkpoint
+    from which the run has resumed."""
     log.append(line)
     if accidents.is_first():
         with replacing(path) as file:
@@ -306,13 +312,13 @@ def step_line(step, figures, optimiser, accumulate, grad_norm, seconds):
     """A step's line of the log, over all processes: of figures called ..._loss the mean over
     processes and micro-batches, of the others (numbers of patches) the sum."""
     sums = torch.stack(list(figures.values()))
-    losses = accumulate  # summed up in each figure
+    count = accumulate  # each loss is a sum over micro-batches
     if dist.is_initialized():
         dist.all_reduce(sums)
-        losses *= dist.get_world_size()
+        count *= dist.get_world_size()
     line = dict(step=step)
     for name, n in zip(figures, sums.tolist()):
-        line[name] = n / losses if name.endswith("_loss") else n
+        line[name] = n / count if name.endswith("_loss") else n
     line["reference_share"] = line.pop("reference_patches") / max(1, line.pop("labelled_patches"))
     rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
     return dict(line, lr=rates["head"], lr_clip=rates.get("clip", 0.0), seconds=round(seconds, 3),
@@ -321,8 +327,8 @@ def step_line(step, figures, optimiser, accumulate, grad_norm, seconds):
 
 
 def report(out, log, args, model, original, momentum, val_set, seen):
-    """Write results.json and the pictures, and print the scores at the start and at the end, with
-    what became of reference patches. seen: the names that training showed."""
+    """Write results.json and the pictures, and print the scores and the share and drift of
+    reference patches at the start and at the end. seen: the names that training showed."""
     write_json(dict(args=vars(args), start=log[0], trained=log[-1]), out / "results.json")
     start = [line for line in log if line["step"] == 0]
     scores = ["seen", "unseen", "harmonic"] if "seen" in log[-1] else ["mIoU_ground_truth"]
@@ -381,7 +387,7 @@ def main(args):
         some = batches(size, 0, max(1, 32 // args.batch_size))
         return reference_statistics(model, momentum, original, tokens, some)
 
-    def evaluation(model, zero_shot=False):
+    def evaluation(zero_shot=False):
         """Scores on the validation images, in per cent, and what `measure` gives."""
         confusion = evaluate.evaluate(model, val_set, zero_shot, rank, world)
         return evaluate.summary(confusion, val_set.evaluated, train_set.names) | measure()
@@ -390,15 +396,17 @@ def main(args):
     if step is None:
         step = 0
         data.first_look(train_set, torch.stack([crops[draw][1] for draw in range(32)]), model.grid)
-        add(step=0, **evaluation(original, zero_shot=True))
+        add(step=0, **evaluation(zero_shot=True))
         if args.tpa_steps:
             warm_up = tqdm(batches(size, 0, args.tpa_steps), "TPA", args.tpa_steps,
                            disable=rank > 0, leave=False)
             loss = pre_align(model, tokens, warm_up, args.tpa_steps, args.tpa_lr)
+            refuse_non_finite({"tpa_loss": torch.tensor(loss)}, 0.0, scaler, "the end of TPA")
             add(step=0, tpa_loss=loss, **measure())
         checkpoint.save(last, step=0, **run)
-    elif due(args.eval_every, step) and step < args.steps:  # the run may have ended in it
-        add(step=step, **evaluation(model))
+    elif due(args.eval_every, step) and step < args.steps and "drift" not in log[-1]:
+        # interrupted between saving and evaluating
+        add(step=step, **evaluation())
 
     # joint training
     losses_of = step_losses if args.distill in ("rpmd", "frozen") else rival_losses
@@ -415,29 +423,29 @@ def main(args):
     accidents.defer_signals()
     for step in bar:
         begin = time.time()
-        model.train()  # evaluation has switched it
+        model.train()  # evaluation sets eval mode
         set_learning_rate(optimiser, step - 1, args.steps)
         figures, paths = {}, []
-        for part in range(1, parts + 1):
-            try:
+        try:
+            for part in range(1, parts + 1):
                 images, pixel_labels, files = next(micro_batches)
-            except UserError:  # a picture can't be read: what has been trained is kept
-                checkpoint.save(last, step=step - 1, **run)
-                raise
-            if world > 1:  # DDP reads it in forward: sum gradients after the last part alone
-                network.require_backward_grad_sync = part == parts
-            loss, terms = losses_of(network, momentum, images, pixel_labels, tokens, args)
-            scaler.scale(loss / parts).backward()
-            for name, value in terms.items():
-                figures[name] = figures.get(name, 0) + value.detach().double()
-            paths += files
+                if world > 1:  # DDP reads it in forward: sum gradients after the last part alone
+                    network.require_backward_grad_sync = part == parts
+                loss, terms = losses_of(network, momentum, images, pixel_labels, tokens, args)
+                scaler.scale(loss / parts).backward()
+                for name, value in terms.items():
+                    figures[name] = figures.get(name, 0) + value.detach().double()
+                paths += files
+        except (UserError, RuntimeError):  # of an image or another process: the state is whole
+            checkpoint.save(last, step=step - 1, **run)
+            raise
         scaler.unscale_(optimiser)
         grad_norm = nn.utils.clip_grad_norm_(trained, args.clip_grad).item()
         refuse_non_finite(figures, grad_norm, scaler, f"step {step}; images {', '.join(paths)}")
-        scaler.step(optimiser)  # under fp16 it skips the step if a gradient is not finite
+        scaler.step(optimiser)  # under fp16 not if a gradient is not finite
         scaler.update()
         optimiser.zero_grad()
-        if momentum and math.isfinite(grad_norm):  # else there was no step to follow
+        if momentum and math.isfinite(grad_norm):  # else the scaler has skipped the step
             momentum.update()  # E^M = alpha E^M + (1 - alpha) E
 
         if due(args.log_every, step) or step == args.steps:
@@ -454,9 +462,9 @@ def main(args):
             say(f"stopped after step {step} as asked; the same command resumes from {last}")
             return 130
         if evaluation_due and step < args.steps:
-            add(step=step, **evaluation(model))
+            add(step=step, **evaluation())
 
-    add(step=step, **evaluation(model))
+    add(step=step, **evaluation())
     if rank == 0:
         report(out, log, args, model, original, momentum, val_set, train_set.names)
     return 0

@@ -98,14 +98,12 @@ def open_benchmark(name, root, split, names):
                         f"(--data-root is {root}; docs/data.md says what to download)")
     dataset = Files(root, split, names, layouts[there.index(True)])
     if expected[split] and len(dataset) not in expected[split]:
-        dataset.warning = (f"--dataset {name}: {split} has {len(dataset)} images, and a complete "
-                           f"download {expected[split][0]}")
+        dataset.source += f" (warning: a complete download has {expected[split][0]} images)"
     return dataset
 
 
 class Files:
     """Images and masks as a Layout describes them, one of `data.open_dataset`'s datasets."""
-    warning = ""
 
     def __init__(self, root, split, names, layout):
         self.names, self.layout = names, layout

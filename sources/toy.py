@@ -85,7 +85,7 @@ def draw(rng, background, objects, radii, size=SIZE):
 class Scenes:
     """A split of a world, one of `data.open_dataset`'s datasets: "train" names and shows the seen
     objects and the backgrounds, "val" all."""
-    source, warning = "sources/toy.py", ""
+    source = "sources/toy.py"
 
     def __init__(self, seed, split):
         self.seed, self.split = seed, split

@@ -1,4 +1,4 @@
-"""The one door for accidents: processes, the lock of a run's folder, signals and errors."""
+"""Processes, signals, errors and the lock of a run's folder: what stands around a main function."""
 import contextlib
 import ctypes
 import os
@@ -22,7 +22,7 @@ stop_asked = False  # a signal came while `defer_signals` held
 @contextlib.contextmanager
 def door():
     """Stands around a main function. A UserError ends the process with its sentence and status 1,
-    a signal with 130; any other exception is a mistake of this project and keeps its traceback."""
+    a signal with 130; any other exception is a bug and keeps its traceback."""
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     answer_signals(signal.default_int_handler)  # raises KeyboardInterrupt
     status = 1
@@ -36,7 +36,7 @@ def door():
     except KeyboardInterrupt:
         status, said = 130, "stopped"
     except torch.OutOfMemoryError as e:
-        said = f"error: {e}; --accumulate 2 and --recompute-head need less memory"
+        said = f"error: {e}; training needs less memory with --accumulate 2 or --recompute-head"
     except RuntimeError as e:
         if not dist.is_initialized() or not re.search("gloo|nccl", str(e), re.IGNORECASE):
             raise

@@ -43,7 +43,7 @@ def from_cat_seg(state):
     for name, tensor in state.items():
         for theirs, replacement in CAT_SEG_NAMES.items():
             name = re.sub(theirs, replacement, name)
-        if not name.endswith("attn_mask"):  # model.SwinBlock.mask computes it
+        if not name.endswith("attn_mask"):  # SwinBlock.shifted_mask computes it
             ours[name] = tensor.flatten() if ".padding_" in name else tensor  # theirs are [1,1,C]
     return ours
 

@@ -5,19 +5,17 @@ import json
 import os
 import pickle
 import resource
-import sys
 
 import open_clip
 import pytest
 import torch
 import torch.nn as nn
 
-import evaluate
 import model
 from cat_seg_reference import SMALL, to_cat_seg
 from ema import MomentumEncoder, frozen_copy
 from model import build
-from support import accidents, checkpoint
+from support import checkpoint
 from support.files import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, on odd files
@@ -139,25 +137,6 @@ def test_a_full_disk_keeps_the_old_checkpoint(saved):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before and [*path.parent.iterdir()] == [path]
-
-
-def test_evaluate_reads_a_checkpoint_of_the_version_before(tiny, folder, tmp_path, monkeypatch):
-    trained = {k: t for k, t in tiny.state_dict().items() if "v_proj" in k}
-    momentum = {"alpha": 0.9, "tensors": {k: t for k, t in trained.items() if "visual" in k}}
-    torch.save(dict(
-        config=tiny.config, model=tiny.state_dict(), original={k: -t for k, t in trained.items()},
-        momentum=momentum, step=7, args={"dataset": "folder:x"}, names=["red thing", "green thing"],
-        facts={"zero_shot": {}}, optimiser={"state": {}}, scaler={}), tmp_path / "last.pt")
-    monkeypatch.setattr(accidents, "answer_signals", lambda handler: None)
-    monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back in the end
-    monkeypatch.setattr(sys, "stderr", sys.stderr)
-    monkeypatch.setattr(sys, "argv", [
-        "evaluate.py", f"--checkpoint={tmp_path / 'last.pt'}", f"--datasets=folder:{folder}",
-        "--views=whole", "--zero-shot", f"--out={tmp_path / 'out'}"])
-    evaluate.main()
-    [path] = (tmp_path / "out").glob("*.json")
-    result = json.loads(path.read_text())
-    assert (result["step"], result["zero_shot"], result["seen"] is None) == (7, True, False)
 
 
 # What is none

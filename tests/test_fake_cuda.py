@@ -99,7 +99,8 @@ def test_a_step_on_a_gpu_mixes_no_devices_and_waits_twice(training, folder, monk
             "torch._subclasses.fake_tensor.FakeTensorMode.__deepcopy__": lambda mode, memo: mode,
             "torch._subclasses.fake_tensor.FakeTensor.tolist":
                 lambda x: waits.note(x.is_cuda) or [3.0] * len(x),  # of one dimension
-            "torch.nn.Module.to": to, "torch.Tensor.backward": backward, "data.in_loaders": in_loaders,
+            "torch.nn.Module.to": to, "torch.Tensor.backward": backward,
+            "data.in_loaders": in_loaders,
             "support.accidents.start_processes": lambda: (0, 1, torch.device("cuda", 0)),
             "support.accidents.defer_signals": lambda: marks.append(len(waits.lines)),
             "support.accidents.anyone_asked_to_stop": lambda: marks.append(len(waits.lines)),

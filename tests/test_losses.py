@@ -236,7 +236,7 @@ def test_any_label_can_be_the_one_that_is_ignored():
 
 
 def test_every_function_can_be_pasted():
-    """It uses nothing of the file but its three imports; where it ignores a label, that is IGNORE."""
+    """It uses nothing of the file but the three imports; a label that it ignores is IGNORE."""
     functions = [f for f in vars(losses).values() if inspect.getmodule(f) is losses]
     assert len(functions) >= 10
     for function in functions:

@@ -3,8 +3,6 @@
     python tests/bench.py           a table: FLOPs, measured seconds and peak memory of a step
     python tests/bench.py --json    the same as one JSON object
     python tests/bench.py --flops   FLOPs only: deterministic, and a matter of seconds
-    python tests/bench.py --loader  training crops a second on one core
-    python tests/bench.py --against REF    seconds and memory of this tree and of a commit, in turns
 
 ViT-B/16 (random weights), one 384 x 384 image, float32, K classes with names of COCO-Stuff's
 lengths. Each K is measured in a process of its own, so that the peak of resident memory is its own.
@@ -13,22 +11,18 @@ FLOPs are PyTorch's count, forward and backward, on meta tensors.
 import argparse
 import contextlib
 import json
+import multiprocessing
+import os
 import resource
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-import data  # noqa: E402
 import losses  # noqa: E402
 from ema import MomentumEncoder  # noqa: E402
 from model import build  # noqa: E402
@@ -37,9 +31,7 @@ from support import accidents  # noqa: E402
 
 
 def setup(device, K, recompute=False):
-    """A model and its momentum encoder, an image, its pixel labels and the tokens of K names, in a
-    process like a run's."""
-    accidents.keep_memory()
+    """A model, its momentum encoder, an image, its pixel labels and the tokens of K names."""
     with torch.device(device):
         model = build("ViT-B-16-quickgelu", recompute=recompute).train()
     lines = (CLASSES / "coco-stuff.txt").read_text().splitlines()
@@ -101,6 +93,7 @@ def count_flops(K, recompute=False):
 
 def measure(K, recompute=False):
     """Seconds of a step, the third, and the peak of resident memory in GB."""
+    accidents.start_processes()  # memory is kept as in a run
     inputs = setup("cpu", K, recompute)
     for _ in range(3):
         inputs[0].zero_grad()
@@ -111,50 +104,6 @@ def measure(K, recompute=False):
     return {"seconds": seconds, "peak_rss_gb": peak}
 
 
-def measure_loader(count=96):
-    """Training crops a second of CPU time on one core, of 640 x 480 photographs with masks."""
-    torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in ("images", "masks"):
-            Path(folder, kind, "train").mkdir(parents=True)
-        for i in range(32):
-            image = Image.fromarray(rng.integers(0, 255, (30, 40, 3), np.uint8))
-            image = np.array(image.resize((640, 480))) + rng.normal(0, 6, (480, 640, 3))
-            image = Image.fromarray(image.clip(0, 255).astype(np.uint8))
-            image.save(f"{folder}/images/train/{i}.jpg", quality=90)
-            mask = Image.fromarray(rng.integers(0, 20, (15, 20), np.uint8))
-            mask = mask.resize((640, 480), Image.Resampling.NEAREST)
-            mask.save(f"{folder}/masks/train/{i}.png")
-        Path(folder, "classes.txt").write_text("\n".join(f"class {i}" for i in range(20)))
-        crops = data.TrainingCrops(data.open_dataset(f"folder:{folder}", None, "train"), 384, 0)
-        begin = time.process_time()
-        for images, _, _ in data.batches(crops, 4, 0, count // 4):
-            data.normalise(images)
-        return {"crops_per_second": count / (time.process_time() - begin)}
-
-
-def alone(call, here=HERE):
-    """What a call of this file's gives, or of another tree's, in a process of its own."""
-    code = (f"import sys, json; sys.path.insert(0, {str(here)!r}); import bench; "
-            f"print(json.dumps(bench.{call}))")
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def compare(ref, classes, turns=2):
-    """Print what a step costs here and at a commit, taking turns."""
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["git", "clone", "--quiet", HERE.parent, folder], check=True)
-        subprocess.run(["git", "-C", folder, "checkout", "--quiet", ref], check=True)
-        for K in classes:
-            for _ in range(turns):
-                for name, tree in ((ref, Path(folder, "tests")), ("here", HERE)):
-                    result = alone(f"measure({K}, False)", tree)
-                    print(f"K = {K}, {name}: {result['seconds']:.2f} s, peak "
-                          f"{result['peak_rss_gb']:.2f} GB", flush=True)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -163,18 +112,14 @@ def main():
     add("--json", action="store_true", help="print one JSON object and nothing else")
     add("--flops", action="store_true", help="count, but don't measure")
     add("--recompute-head", action="store_true", help="with train.py's flag of this name")
-    add("--loader", action="store_true", help="measure the data pipeline instead")
-    add("--against", metavar="REF", help="a commit to compare this tree with, by its own bench.py")
     args = parser.parse_args()
-    if args.against:
-        return compare(args.against, args.classes)
-    if args.loader:
-        return print(json.dumps(measure_loader()))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU is measured
     results = {}
     for K in args.classes:
         results[str(K)] = result = {"flops": count_flops(K, args.recompute_head)}
         if not args.flops:
-            result |= alone(f"measure({K}, {args.recompute_head})")
+            with multiprocessing.get_context("spawn").Pool(1) as alone:
+                result |= alone.apply(measure, (K, args.recompute_head))
         if not args.json:
             print(f"K = {K}: {sum(result['flops'].values()) / 1e12:.3f} TFLOP")
             for part, n in result["flops"].items():

@@ -1,7 +1,7 @@
-"""What only a GPU can show, by hand: one command, whose last lines are tables to send back.
+"""What only a GPU can show, by hand: one command, whose last lines are a table to send back.
 
     python tests/gpu.py              every check, then time, memory, waits and launches of a step
-    python tests/gpu.py resume nccl  checks with one of these words in their names
+    python tests/gpu.py resume nccl  rows with one of these words in their names
     python tests/gpu.py --cpu        what makes sense on a CPU, with the tiny model
 """
 import json
@@ -26,6 +26,7 @@ from ema import MomentumEncoder  # noqa: E402
 from model import build  # noqa: E402
 
 FAST = "--pretrained none --tpa-steps 2 --eval-every 0 --steps 4 --precision fp32"
+WORK = tempfile.TemporaryDirectory()
 CPU = torch.device("cpu")
 DEVICE = CPU if "--cpu" in sys.argv or not torch.cuda.is_available() else torch.device("cuda")
 
@@ -43,7 +44,7 @@ def setup(device, precision, clip="tiny", size=64, K=20, batch=1):
 
 
 def step_and_map(device, precision, K):
-    """Losses, gradient and label map of a training step and an evaluation, on the CPU."""
+    """Losses and gradient of a training step and the label map of an evaluation, on the CPU."""
     args, model, momentum, images, labels, tokens = setup(device, precision, K=K)
     loss, figures = train.step_losses(model, momentum, images, labels, tokens, args)
     loss.backward()
@@ -67,23 +68,25 @@ def compare(device, precision, K=20, limit=1e-3):
     return said
 
 
-def run(out, flags="", processes=1, stop=False):
+def run(name, flags="", processes=1, stop=False):
     """Train on the toy world, or run what flags say, without TF32; stop: ask it to after a step.
     Returns the losses of its steps."""
+    out = Path(WORK.name, name)
     command = flags if ".py" in flags else f"train.py --out {out} {FAST} {flags}"
-    launcher = f"-m torch.distributed.run --standalone --nproc_per_node={processes}".split()
-    words = [sys.executable, *(launcher if processes > 1 else []), *command.split()]
+    launcher = f"-m torch.distributed.run --standalone --nproc_per_node={processes} "
+    words = (launcher * (processes > 1) + command).split()
     environment = {**os.environ, "NVIDIA_TF32_OVERRIDE": "0"}
     out.mkdir(exist_ok=True)
     log = out / "log.jsonl"
     log.touch()
     with open(out / "said.txt", "w+") as said:
-        child = subprocess.Popen(words, stdout=said, stderr=said, cwd=ROOT, env=environment)
+        child = subprocess.Popen([sys.executable, *words], stdout=said, stderr=said, cwd=ROOT,
+                                 env=environment)
         while stop and child.poll() is None and "total_loss" not in log.read_text():
             time.sleep(0.05)
         if stop:
             child.terminate()
-        status = child.wait(1200)
+        status = child.wait()
         said.seek(0)
         assert stop or not status, f"{command}: {said.read()[-400:]}"
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -94,31 +97,33 @@ def assert_near(a, b):
     torch.testing.assert_close(a, b, rtol=1e-2, atol=0)  # CUDA's upsampling adds in any order
 
 
-def resume(folder, processes=1):
-    whole = run(folder / "whole", "--steps 80", processes)
-    stopped = run(folder / "parts", "--steps 80", processes, stop=True)
+def resume(processes=1):
+    name = f"parts-{processes}"
+    whole = run(f"whole-{processes}", "--steps 80", processes)
+    stopped = run(name, "--steps 80", processes, stop=True)
     assert 0 < len(stopped) < len(whole), "it did not stop in the middle"
-    assert_near(whole, run(folder / "parts", "--steps 80", processes))
+    assert_near(whole, run(name, "--steps 80", processes))
 
 
-def nccl_and_sigterm(folder):
+def nccl_and_sigterm():
     if torch.cuda.device_count() < 2:
         return "not tried: fewer than two GPUs"
-    assert_near(run(folder / "one"), run(folder / "two", "", 2))
-    assert_near(run(folder / "one"), run(folder / "more", "--compile --recompute-head", 2))
-    run(folder / "map", f"evaluate.py --checkpoint {folder}/one/last.pt", 2)
-    resume(folder, 2)
+    one = run("one")
+    for name, flags in (("two", ""), ("more", "--compile --recompute-head")):
+        assert_near(one, run(name, flags, 2))
+    run("map", f"evaluate.py --checkpoint {WORK.name}/one/last.pt", 2)
+    resume(2)
 
 
-def recomputed_and_compiled(folder):
-    eager = run(folder / "eager")
+def recomputed_and_compiled():
+    eager = run("eager")
     for flags in ("--recompute-head", "--compile", "--compile --recompute-head"):
-        assert_near(eager, run(folder / flags.replace(" ", ""), flags))
-    run(folder / "map", f"evaluate.py --checkpoint {folder}/eager/last.pt --compile")
+        assert_near(eager, run(flags.replace(" ", ""), flags))
+    run("map", f"evaluate.py --checkpoint {WORK.name}/eager/last.pt --compile")
 
 
 def cost(clip, size, batch, precision):
-    """A row of the table: a training step with clipping and both waits, without a loader."""
+    """What a training step takes, with clipping and both waits, without a loader."""
     args, model, momentum, *inputs = setup(DEVICE, precision, clip, size, 171, batch)
     optimiser = train.build_optimiser(model, args)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
@@ -137,53 +142,57 @@ def cost(clip, size, batch, precision):
     begin = time.perf_counter()
     for _ in range(5):
         step()
-    row = [f"{clip}, batch {batch}, {precision}", f"{(time.perf_counter() - begin) * 200:.0f} ms"]
+    took = f"{(time.perf_counter() - begin) * 200:.0f} ms"
     if DEVICE == CPU:
-        return row + ["-"] * 3
+        return took
     torch.cuda.reset_peak_memory_stats()
-    with warnings.catch_warnings(record=True) as waits:
+    with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         step()
         torch.cuda.set_sync_debug_mode("default")
+    waits = sum("called a sync" in str(warning.message) for warning in said)
     with profile() as events:
         step()
     launches = sum(event.count for event in events.key_averages() if "LaunchKernel" in event.key)
-    peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-    return [*row, peak, sum("called a sync" in str(w.message) for w in waits), launches]
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    return f"{took}, peak {peak:.1f} GB, {waits} waits, {launches} launches"
+
+
+def attempt(check, *arguments):
+    """What a check says, or how it failed."""
+    try:
+        return check(*arguments) or "passed"
+    except Exception as e:
+        return f"failed: {type(e).__name__}: {' '.join(str(e).split())[-300:]}"
 
 
 def main():
-    words = [word for word in sys.argv[1:] if word != "--cpu"]
+    words = [word for word in sys.argv[1:] if word != "--cpu"] or [""]
     if DEVICE == CPU and "--cpu" not in sys.argv:
         sys.exit("there is no GPU here; --cpu tries this script without one")
     torch.backends.cudnn.allow_tf32 = False
-    checks = {"float32 equals the CPU's": lambda _: compare(CPU, "fp32"),
-              "300 classes": lambda _: compare(CPU, "fp32", 300, 1e-2),  # the 256th may be another
-              "bf16": lambda _: compare(DEVICE, "bf16", limit=0.1)}
-    costs = [("tiny", 64, 1, "fp32")]
-    if DEVICE != CPU:
-        checks |= {"fp16": lambda _: compare(DEVICE, "fp16", limit=0.1), "resume": resume,
-                   "nccl sigterm": nccl_and_sigterm, "recompute compile": recomputed_and_compiled}
-        B, L = ("ViT-B-16-quickgelu", 384), ("ViT-L-14-336-quickgelu", 384)
-        costs = [(*B, 1, "fp32"), (*B, 1, "bf16"), (*B, 4, "bf16"), (*L, 1, "bf16")]
-    rows = [["check", "result"]]
-    for name, check in checks.items():
-        if not words or any(word in name for word in words):
+    checks = [("float32 equals the CPU's", compare, CPU, "fp32"),
+              ("300 classes", compare, CPU, "fp32", 300, 1e-2),  # the 256th may be another
+              ("bf16", compare, DEVICE, "bf16", 20, 0.1)]
+    if DEVICE == CPU:
+        checks.append(("a tiny step", cost, "tiny", 64, 1, "fp32"))
+    else:
+        B, L = "ViT-B-16-quickgelu", "ViT-L-14-336-quickgelu"
+        checks += [("fp16", compare, DEVICE, "fp16", 20, 0.1), ("resume", resume),
+                   ("nccl sigterm", nccl_and_sigterm),
+                   ("recompute compile", recomputed_and_compiled),
+                   ("a step, float32", cost, B, 384, 1, "fp32"),
+                   ("a step", cost, B, 384, 1, "bf16"),
+                   ("a step, batch 4", cost, B, 384, 4, "bf16"),
+                   ("a step, ViT-L", cost, L, 384, 1, "bf16")]
+    rows = [[torch.cuda.get_device_name() if DEVICE != CPU else "CPU", torch.__version__]]
+    for name, *check in checks:
+        if any(word in name for word in words):
             print(f"{name} ...", flush=True)
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    result = check(Path(folder)) or "passed"
-                except Exception as e:
-                    result = f"FAILED: {type(e).__name__}: {' '.join(str(e).split())[-300:]}"
-            rows.append([name, result])
-    table = [["step", "time", "peak", "waits", "launches"]]
-    for what in [] if words else costs:
-        table.append(cost(*what))
-    name = "CPU" if DEVICE == CPU else torch.cuda.get_device_name()
-    print(f"\n{name}, PyTorch {torch.__version__}", evaluate.format_table(rows),
-          evaluate.format_table(table), sep="\n\n")
-    sys.exit(any("FAILED" in result for _, result in rows))
+            rows.append([name, attempt(*check)])
+    print(f"\n{evaluate.format_table(rows)}")
+    sys.exit(any(result.startswith("failed") for _, result in rows))
 
 
 if __name__ == "__main__":

@@ -5,19 +5,17 @@ import json
 import os
 import pickle
 import resource
-import sys
 
 import open_clip
 import pytest
 import torch
 import torch.nn as nn
 
-import evaluate
 import model
 from cat_seg_reference import SMALL, to_cat_seg
 from ema import MomentumEncoder, frozen_copy
 from model import build
-from support import accidents, checkpoint
+from support import checkpoint
 from support.files import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, on odd files
@@ -52,7 +50,8 @@ def make(monkeypatch):
                     momentum=MomentumEncoder(segmenter.image_encoder, 0.5),
                     optimiser=torch.optim.AdamW([dict(params=trained, base_lr=0.1)], 0.1),
                     scaler=torch.amp.GradScaler("cpu", enabled=True), names=["red", "blue"],
-                    data="abc", args={"steps": 9, **dict.fromkeys(checkpoint.FIXED, 1)})
+                    data="abc", log=[{"step": 0}],
+                    args={"steps": 9, **dict.fromkeys(checkpoint.FIXED, 1)})
 
     return go
 
@@ -79,8 +78,8 @@ def saved(make, tmp_path):
 
 def test_what_is_saved_is_resumed(saved, make):
     path, run = saved
-    again = make(1)
-    assert checkpoint.resume(path, **again) == 3
+    again = make(1) | {"log": []}
+    assert checkpoint.resume(path, **again) == 3 and again["log"] == run["log"]
     assert_equal(run["model"].state_dict(), again["model"].state_dict())
     assert_equal(run["momentum"].state_dict(), again["momentum"].state_dict())
     for k in ("image_encoder", "text_encoder"):
@@ -102,23 +101,30 @@ def test_a_loaded_segmenter_is_the_saved_one(saved, make):
 
 
 SPOILED = {  # {field: values of it that no run has written}
-    "step": (2.5, -1, True, "3", None, 10), "scaler": ({"scale": "x"}, 3),
-    "momentum": (None, {}, {"alpha": 0.5, "tensors": {}}, {"visual.proj": torch.zeros(2)}),
-    "optimiser": (None, {}, {"state": 3}, {"state": {0: {"exp_avg": 1}}},
+    "step": (2.5, -1, "3", 10), "scaler": [{"scale": "x"}], "names": [["red"]], "data": ["abd"],
+    "momentum": (None, {}, {"visual.proj": torch.zeros(2)}), "model": ({}, {"logit_scale": 3}),
+    "optimiser": ({}, {"state": {0: {"exp_avg": 1}}},
                   {"state": {0: {k: torch.zeros(2) for k in ("step", "exp_avg", "exp_avg_sq")}}}),
-    "original": (None, 3, {"logit_scale": torch.zeros(7)}), "names": (None, ["red"]),
-    "data": ("abd", None), "args": (None, {}, {"seed": 1}), "model": ({}, {"logit_scale": 3})}
+    "original": (3, {"logit_scale": torch.zeros(7)}), "args": (None, {"seed": 1})}
 
 
 @pytest.mark.parametrize("field", SPOILED)
 def test_a_spoiled_field_is_refused_before_training(saved, make, field):
-    path, run = saved
+    path, _ = saved
     contents, again = torch.load(path, weights_only=True), make(1)
     without = {name: value for name, value in contents.items() if name != field}
-    for spoiled in (without, *({**contents, field: value} for value in SPOILED[field])):
+    for spoiled in (without, *(contents | {field: value} for value in SPOILED[field])):
         torch.save(spoiled, path)
         with pytest.raises(UserError, match=str(path)):
             checkpoint.resume(path, **again)
+
+
+def test_what_a_resumed_run_has_to_share_is_named(saved):
+    path, run = saved
+    for flag in ("clip", "image_size", "adapt", "distill", "batch_size", "seed"):
+        args = run["args"] | {flag: 2}
+        with pytest.raises(UserError, match=f"{path} .*--{flag.replace('_', '-')} 1, not 2"):
+            checkpoint.resume(path, **run | {"args": args})
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(saved):
@@ -133,25 +139,6 @@ def test_a_full_disk_keeps_the_old_checkpoint(saved):
     assert path.read_bytes() == before and [*path.parent.iterdir()] == [path]
 
 
-def test_evaluate_reads_a_checkpoint_of_the_version_before(tiny, folder, tmp_path, monkeypatch):
-    trained = {k: t for k, t in tiny.state_dict().items() if "v_proj" in k}
-    momentum = {"alpha": 0.9, "tensors": {k: t for k, t in trained.items() if "visual" in k}}
-    torch.save(dict(
-        config=tiny.config, model=tiny.state_dict(), original={k: -t for k, t in trained.items()},
-        momentum=momentum, step=7, args={"dataset": "folder:x"}, names=["red thing", "green thing"],
-        facts={"zero_shot": {}}, optimiser={"state": {}}, scaler={}), tmp_path / "last.pt")
-    monkeypatch.setattr(accidents, "answer_signals", lambda handler: None)
-    monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back in the end
-    monkeypatch.setattr(sys, "stderr", sys.stderr)
-    monkeypatch.setattr(sys, "argv", [
-        "evaluate.py", f"--checkpoint={tmp_path / 'last.pt'}", f"--datasets=folder:{folder}",
-        "--views=whole", "--zero-shot", f"--out={tmp_path / 'out'}"])
-    evaluate.main()
-    [path] = (tmp_path / "out").glob("*.json")
-    result = json.loads(path.read_text())
-    assert (result["step"], result["zero_shot"], result["seen"] is None) == (7, True, False)
-
-
 # What is none
 
 
@@ -162,7 +149,6 @@ def test_what_is_no_checkpoint_is_refused_at_once_and_not_executed(saved, tmp_pa
     config, state = run["model"].config, run["model"].state_dict()
     good, vast = dict(config=config, model=state), torch.zeros(1).char().expand(10**6, 10**6)
     nan, meta = torch.tensor([float("nan")]), torch.zeros(1, dtype=torch.int64, device="meta")
-    no_scale = {k: t for k, t in state.items() if k != "logit_scale"}
 
     def with_config(**changed):
         return {**good, "config": {**config, **changed}}
@@ -171,16 +157,13 @@ def test_what_is_no_checkpoint_is_refused_at_once_and_not_executed(saved, tmp_pa
         return {**good, "model": {**state, name: value}}
 
     cases = [  # (what the file holds, what the refusal says)
-        ([1, 2], ""), ({"model": {"some.weight": nan}}, ""), ({"model": {1: nan}}, ""),
-        ({"model": {"a": Bomb()}}, ""), ({**good, "config": Bomb()}, ""),
+        ([1, 2], ""), ({"model": {1: torch.zeros(1)}}, ""), ({"model": {"a": Bomb()}}, ""),
         ({**good, "config": 3}, ""), (with_config(clip=None), ""),
         (with_config(clip="hf-hub:x/y"), "open_clip has no model"),
         (with_config(image_size=10**9), "16..2048"), (with_config(channels=10**6), "size mismatch"),
         (with_config(clip="ViT-bigG-14", image_size=224), "Missing key(s)"),
         ({"model": {}, "config": {**config, "layers": 10**9}}, "Missing key(s)"),
         ({**good, "config": {"clip": "tiny", "image_size": 32}}, "there is no 'channels' in it"),
-        ({**good, "model": no_scale}, 'Missing key(s) in state_dict: "logit_scale"'),
-        (with_weight("logit_scale", 3), ""),
         (with_weight("logit_scale", torch.zeros(()).to_sparse()), ""),
         (with_weight("head.logit.bias", nan), "head.logit.bias is not finite"),
         (with_weight("logit_scale", vast), "claims more memory"),

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import ROOT
+from test_checkpoint import TEXT, VISION
 
 aten = torch.ops.aten
 
@@ -76,16 +77,19 @@ def backward(loss):
                 ready.append(child)
 
 
-def batches(crops, size, start, stop, *others):
-    """data.batches without pictures."""
-    images = torch.zeros(size, 3, crops.size, crops.size, dtype=torch.uint8)
-    yield from [(images, images[:, 0].short(), ["a path"])] * (stop - start)
+def in_loaders(loader):
+    """data.in_loaders without pictures."""
+    for draws in loader.batch_sampler:
+        images = torch.zeros(len(draws), 3, 32, 32, dtype=torch.uint8)
+        yield images, images[:, 0].short(), ["a path"]
 
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.14"), reason="uses internals of 2.14")
-@pytest.mark.parametrize("flags", ["--precision=bf16"])  # by hand also fp16 with pooled, and fp32
-def test_a_step_on_a_gpu_mixes_no_devices_and_waits_twice(flags, training, monkeypatch):
+def test_a_step_on_a_gpu_mixes_no_devices_and_waits_twice(training, folder, monkeypatch):
     """Mixed devices raise, also in TPA, evaluation and the log around the step."""
+    for i in (1, 2):
+        (folder / f"images/val/{i}.jpg").unlink()
+        (folder / f"masks/val/{i}.png").unlink()
     waits, marks = Waits(), []  # how often it had waited before the step and after it
     for name, stub in {
             "torch.cuda.is_available": lambda: True,
@@ -95,17 +99,20 @@ def test_a_step_on_a_gpu_mixes_no_devices_and_waits_twice(flags, training, monke
             "torch._subclasses.fake_tensor.FakeTensorMode.__deepcopy__": lambda mode, memo: mode,
             "torch._subclasses.fake_tensor.FakeTensor.tolist":
                 lambda x: waits.note(x.is_cuda) or [3.0] * len(x),  # of one dimension
-            "torch.nn.Module.to": to, "torch.Tensor.backward": backward, "data.batches": batches,
+            "torch.nn.Module.to": to, "torch.Tensor.backward": backward,
+            "data.in_loaders": in_loaders,
             "support.accidents.start_processes": lambda: (0, 1, torch.device("cuda", 0)),
             "support.accidents.defer_signals": lambda: marks.append(len(waits.lines)),
             "support.accidents.anyone_asked_to_stop": lambda: marks.append(len(waits.lines)),
             "support.checkpoint.save": lambda *everything, **more: None,
             "model.Segmenter.ambiguous": lambda model, names: "",
+            "model.TINY": dict(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT),
             "data.count_labels": lambda *labels: 0, "data.first_look": lambda *labels: "",
             "evaluate.examples": lambda *everything: None,
             "evaluate.confusion_matrix": lambda a, b, K: (a - b).new_zeros(K, K)}.items():
         monkeypatch.setattr(name, stub, raising=False)
     with FakeTensorMode(allow_non_fake_inputs=True), waits:
-        training("run", "--steps=1", "--tpa-steps=1", "--image-size=32", *flags.split())
+        training("run", "--steps=1", "--tpa-steps=1", "--image-size=32", "--batch-size=32",
+                 "--precision=bf16")  # by hand also fp16, fp32 and --distill=pooled
     lines = waits.lines[marks[0]:marks[1]]
     assert len(lines) <= 3, f"two waits a step, one more when it is logged, not {lines}"

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from ema import MomentumEncoder
 from model import build
 from support.files import UserError
 from test_accidents import ends, read_log, start  # noqa: F401: a fixture
+from test_checkpoint import TEXT, VISION
 
-SMALL = ("--image-size=32", "--steps=3", "--tpa-steps=1")
+SMALL = ("--image-size=32", "--steps=2", "--tpa-steps=1")
 VALUES = "image_encoder.visual.transformer.resblocks.3.attn.v_proj_weight"
 FILES = {"last.pt", "log.jsonl", "results.json", "curves.png", "examples.png", ".lock"}
 
@@ -97,40 +99,42 @@ def test_a_step_is_figure_1(tiny):
 
 def test_each_loss_is_weighed_by_the_images_that_it_is_a_mean_over(monkeypatch):
     """Both images have a reference patch; the student is right in the first one alone."""
-    class Student:
-        grid = (1, 1)
-
-        def __call__(self, images, tokens):
-            return torch.zeros(2, 2, 4, 4), torch.eye(2)[:, None], torch.eye(2)
-
+    student = mock.Mock(return_value=(torch.zeros(2, 2, 4, 4), torch.eye(2)[:, None], torch.eye(2)))
+    student.module.grid = (1, 1)
     weighed = []
     monkeypatch.setattr(train, "weigh_by_process",
                         lambda losses, counts: weighed.extend(counts) or losses)
     labels = torch.tensor([0, 0])[:, None, None].expand(2, 4, 4)
     teacher = torch.eye(2)[[0, 0]][:, None]
-    args = train.parse(["--pretrained=none"])
-    train.step_losses(Student(), lambda images: (teacher, None), torch.zeros(2, 3, 4, 4), labels,
-                      None, args)
+    train.step_losses(student, lambda images: (teacher, None), torch.zeros(2, 3, 4, 4), labels,
+                      None, train.parse([]))
     assert [int(count) for count in weighed] == [2, 1]
 
 
-def test_a_run_and_its_log(go, tmp_path):
+def test_a_run_its_log_and_what_comes_after(go, tmp_path):
+    """A finished run is evaluated again; --restart begins anew."""
+    out = tmp_path / "a"
     a, steps = go("a")
-    assert [line["step"] for line in steps] == [1, 2, 3] and a["step"] == 3
+    assert [line["step"] for line in steps] == [1, 2] and a["step"] == 2
     for line in steps:
         weighed = line["segmentation_loss"] + 0.3 * line["spd_loss"] + 0.1 * line["cpa_loss"]
         assert line["total_loss"] == pytest.approx(weighed, rel=1e-5)
-        cosine = 0.5 * (1 + math.cos(math.pi * (line["step"] - 1) / 3))
+        cosine = 0.5 * (1 + math.cos(math.pi * (line["step"] - 1) / 2))
         assert (line["lr"], line["lr_clip"]) == pytest.approx((2.5e-3 * cosine, 7.5e-4 * cosine))
         assert 0 <= line["reference_share"] <= 1 and line["grad_norm"] > 0 and "seconds" in line
     assert steps[-1]["segmentation_loss"] < steps[0]["segmentation_loss"]
-    first, aligned, *_, last = read_log(tmp_path / "a")
+    first, aligned, *_, last = log = read_log(out)
     assert first["step"] == aligned["step"] == 0 and aligned["tpa_loss"] > 0
     assert first["drift"] < 1e-6 < last["drift"] and 0 <= first["mIoU_union"] <= 100
-    results = json.loads((tmp_path / "a/results.json").read_text())
-    assert (results["start"], results["trained"]) == (first, last)
+    text = (out / "results.json").read_text()
+    assert (json.loads(text)["start"], json.loads(text)["trained"]) == (first, last)
     momentum = a["momentum"][VALUES.removeprefix("image_encoder.")]
     assert not torch.equal(momentum, a["original"][VALUES]), "it has not followed"
+    b, _ = go("a")
+    torch.testing.assert_close(b["model"], a["model"], rtol=0, atol=0)
+    assert read_log(out) == log and (out / "results.json").read_text() == text
+    c, steps = go("a", "--restart", "--steps=1")
+    assert c["step"] == 1 and [line["step"] for line in steps] == [1]
 
 
 def test_pre_alignment_changes_the_text_encoder_alone_and_its_teacher_is_clip(go):
@@ -157,13 +161,13 @@ def test_the_optimiser_decays_all_but_norms(tiny):
     assert not names, "some parameters are in no group"
 
 
-@pytest.mark.parametrize("enabled, loss, grad_norm, words", [
-    (False, 1.0, 1.0, None), (True, 1.0, math.inf, None), (False, 1.0, math.inf, "the gradient, "),
-    (True, math.nan, 1.0, "spd_loss became"), (False, math.nan, 1.0, "spd_loss became")])
-def test_an_infinite_gradient_is_the_scalers_and_an_infinite_loss_nobodys(enabled, loss, grad_norm,
+@pytest.mark.parametrize("fp16, loss, grad_norm, words", [
+    (True, 1.0, math.inf, None), (False, 1.0, math.inf, "the gradient, "),
+    (True, math.nan, 1.0, "spd_loss became")])
+def test_an_infinite_gradient_is_the_scalers_and_an_infinite_loss_nobodys(fp16, loss, grad_norm,
                                                                           words):
     figures = dict(segmentation_loss=torch.tensor(1.0), spd_loss=torch.tensor(loss))
-    scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+    scaler = torch.amp.GradScaler("cpu", enabled=fp16)
     with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
         train.refuse_non_finite(figures, grad_norm, scaler, "step 1")
 
@@ -171,14 +175,12 @@ def test_an_infinite_gradient_is_the_scalers_and_an_infinite_loss_nobodys(enable
 # What flags do
 
 
-@pytest.mark.parametrize("adapt", ["visual", "text", "none"])
-def test_adapt(go, adapt):
-    a, _ = go("a", f"--adapt={adapt}")
+def test_adapt(go):
+    """(test_model.py: the other choices.)"""
+    a, _ = go("a", "--adapt=visual", "--steps=1")
     start = start_of()
     changed = {k.split(".")[0] for k, t in a["model"].items() if not torch.equal(t, start[k])}
-    encoders = {"visual": {"image_encoder"}, "text": {"text_encoder"}, "none": set()}[adapt]
-    assert changed == {"head"} | encoders
-    assert (a["args"]["tpa_steps"] == 0) == (adapt != "text")
+    assert changed == {"head", "image_encoder"} and a["args"]["tpa_steps"] == 0
 
 
 @pytest.mark.parametrize("distill", ["frozen", "pooled", "none"])
@@ -202,26 +204,29 @@ def test_distill(go, distill):
     assert not torch.equal(a["model"][VALUES], start[VALUES])
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision(go, precision):
+def test_mixed_precision(go):
     """Near float32's losses, which are computed outside of it."""
-    flags = ("--steps=1", "--tpa-steps=0", "--adapt=visual")
-    (_, [mixed]), (_, [full]) = go("a", *flags, f"--precision={precision}"), go("b", *flags)
-    assert mixed["segmentation_loss"] != full["segmentation_loss"]
-    for name in ("segmentation_loss", "cpa_loss"):
-        assert mixed[name] == pytest.approx(full[name], rel=0.02, abs=1e-3)
+    losses = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        flags = ("--steps=1", "--adapt=visual", f"--precision={precision}")
+        _, [losses[precision]] = go(precision, *flags)
+    full = losses.pop("fp32")
+    for mixed in losses.values():
+        assert mixed["segmentation_loss"] != full["segmentation_loss"]
+        for name in ("segmentation_loss", "cpa_loss"):
+            assert mixed[name] == pytest.approx(full[name], rel=0.02, abs=1e-3)
 
 
 def test_accumulation_equals_the_whole_batch(go):
     """AdamW and clipping forgive a gradient of another length: its norm is looked at as well."""
     (a, whole), (b, parts) = go("a", "--distill=none"), go("b", "--distill=none", "--accumulate=2")
     assert_near(a, b)
-    norms = [line["grad_norm"] for line in whole]
-    assert len(norms) == 3 and norms == pytest.approx([x["grad_norm"] for x in parts], rel=1e-3)
-    assert [x["total_loss"] for x in parts] == pytest.approx([x["total_loss"] for x in whole], 1e-3)
+    for x, y in zip(whole, parts, strict=True):
+        for name in ("grad_norm", "total_loss"):
+            assert y[name] == pytest.approx(x[name], rel=1e-3)
 
 
-def test_compiled_and_recomputed_steps_equal_plain_ones(go, monkeypatch):
+def test_compiled_steps_that_recompute_equal_plain_ones(go, monkeypatch):
     """Also with micro-batches. The model is traced as one graph, which runs as it is: generating
     C++ is slow (gpu.py does)."""
     compiled, module_compile = [], torch.nn.Module.compile
@@ -231,18 +236,18 @@ def test_compiled_and_recomputed_steps_equal_plain_ones(go, monkeypatch):
         module_compile(module, backend="eager", fullgraph=True)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    monkeypatch.setattr("model.TINY", dict(embed_dim=16, vision_cfg=VISION,
+                                           text_cfg=TEXT | {"vocab_size": 49408}))
     flags = ("--accumulate=2", "--tpa-steps=0", "--steps=1")
-    a, b, c = (go(name, *flags, *more)[0] for name, more in (
-        ("a", ()), ("b", ["--recompute-head"]), ("c", ["--recompute-head", "--compile"])))
-    assert len(compiled) == 1 and a["model"].keys() == c["model"].keys()
+    a, _ = go("a", *flags)
+    b, _ = go("b", *flags, "--recompute-head", "--compile")
+    assert len(compiled) == 1 and a["model"].keys() == b["model"].keys()
     assert_near(a, b)
-    assert_near(a, c)
 
 
 def test_init_cat_seg_brings_every_weight(tmp_path):
     """The prior is for a head that has learnt nothing yet."""
-    args = train.parse([])
-    args.pretrained = "none"
+    args = train.parse(["--pretrained=none"])
     model = train.build_model(args, 0)
     assert model.head.logit.bias.sigmoid().item() == pytest.approx(args.prior)
     torch.nn.init.constant_(model.head.logit.bias, 7.0)
@@ -259,7 +264,7 @@ def test_two_processes_equal_one_on_the_joined_batch(folder, start):
     of those that count. SPD and CPA weigh much, and are not lost in L_SEG."""
     for i in (1, 4):
         Image.new("L", (80, 60), 255).save(folder / f"masks/train/{i}.png")
-    flags = ("--lambda-spd=10", "--lambda-cpa=10", "--tpa-lr=1e-5", "--eval-every=0")
+    flags = ("--lambda-spd=10", "--lambda-cpa=10", "--tpa-lr=1e-5", "--steps=2")
     [one], [two, other] = start("one", *flags), start("two", *flags, processes=2)
     for process in (one, two, other):
         ends(process, 0)
@@ -278,27 +283,22 @@ def test_the_command_as_it_stands(tmp_path):
             (coco / place).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (70, 66), colour).save(coco / f"images/{split}2017/{i:012}.jpg")
         Image.new("L", (70, 66), i).save(coco / f"annotations/{split}2017/{i:012}.png")
-    small = "--clip tiny --image-size 32 --steps 2 --batch-size 2 --tpa-steps 1".split()
+    small = "--clip tiny --image-size 32 --steps 1 --batch-size 4 --tpa-steps 1".split()
     done = run(ROOT / "train.py", "--dataset", "coco-stuff", *small, processes=2, cwd=tmp_path,
                env={"DETECTRON2_DATASETS": str(tmp_path / "data")})
     assert {path.name for path in (tmp_path / "out/coco-stuff").iterdir()} == FILES
-    assert "171 classes" in done.stdout and "zero-shot" in done.stdout
-    assert "val has 2 images, and a complete download 5000" in done.stdout
-
-
-# Resuming under other flags
+    assert "171" in done.stdout and "zero-shot" in done.stdout
+    assert "5000" in done.stdout  # in a complete download
 
 
 def test_what_a_resumed_run_may_change(go, folder, tmp_path):
     """It keeps the CLIP it began with, and its data may have moved."""
-    a, _ = go("a", "--steps=2")
-    for flag in ("--seed=1", "--distill=frozen", "--adapt=visual", "--batch-size=2",
-                 "--image-size=64", "--steps=1"):
-        name = flag.partition("=")[0]
-        with pytest.raises(UserError, match=f"last.pt .*{name} .*: use another --out"):
-            go("a", flag)
+    a, _ = go("a")
+    for flag in ("seed", "steps"):
+        with pytest.raises(UserError, match=f"last.pt .*--{flag} .*: use another --out"):
+            go("a", f"--{flag}=1")
     moved = folder.rename(tmp_path / "moved")
-    b, _ = go("a", f"--dataset=folder:{moved}", "--lr=1e-3", "--tau=0.5", "--alpha=0.5",
+    b, _ = go("a", f"--dataset=folder:{moved}", "--lr=1e-3", "--tau=0.5", "--steps=3",
               "--clip-lr-factor=0.03")
     assert b["step"] == 3 and b["args"]["tau"] == 0.5
     rates = [group["base_lr"] for group in b["optimiser"]["param_groups"]]
@@ -313,47 +313,26 @@ def test_what_a_resumed_run_may_change(go, folder, tmp_path):
         go("a", f"--dataset=folder:{moved}", "--steps=4")
 
 
-def test_a_finished_run_is_evaluated_again_and_restart_begins_anew(go, tmp_path):
-    a, _ = go("a")
-    log, results = read_log(tmp_path / "a"), (tmp_path / "a/results.json").read_text()
-    b, _ = go("a")
-    torch.testing.assert_close(b["model"], a["model"], rtol=0, atol=0)
-    assert read_log(tmp_path / "a") == log and (tmp_path / "a/results.json").read_text() == results
-    c, steps = go("a", "--restart", "--steps=1")
-    assert c["step"] == 1 and [line["step"] for line in steps] == [1]
-
-
 # Flags
 
 
 @pytest.mark.parametrize("flag", (
-    "--lambda-spd=-1 --lambda-cpa=nan --tau=0 --tau=inf --alpha=2 --steps=0 --steps=1.5 --lr=-1 "
-    "--batch-size=0 --accumulate=0 --save-every=-1 --image-size=8 --seed=-1 --tpa-steps=-1 --lr=x "
-    "--adapt=head --distill=clip --precision=fp8 --step=3").split())
+    "--lambda-spd=-1 --lambda-cpa=nan --tau=0 --tau=inf --alpha=2 --steps=1.5 --batch-size=0 "
+    "--accumulate=0 --save-every=-1 --image-size=8 --seed=-1 --lr=x --adapt=head --step=3").split())
 def test_flags_out_of_range_are_refused(flag, capsys):
     with pytest.raises(SystemExit) as e:
         train.parse([flag])
     assert e.value.code == 2
-    assert f"{flag.partition('=')[0]}" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_flags_are_few_and_in_four_groups(capsys):
-    with pytest.raises(SystemExit):
-        train.parse(["--help"])
-    text = capsys.readouterr().out
-    groups = re.findall(r"^(\w[\w ]*):$", text, re.MULTILINE)
-    assert len(groups) == 1 + 4 and groups[0] == "options"  # the first holds --help
-    assert len(re.findall(r"^  --[\w-]+", text, re.MULTILINE)) <= 32
+    assert flag.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_defaults_follow_the_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for dataset, folder in (("coco-stuff", "coco-stuff"), ("folder:a/b/", "b"),
-                            ("folder:.", tmp_path.name), ("toy:3", "toy-3")):
+    real, toy = ("ViT-B-16-quickgelu", "openai", 80_000), ("tiny", "toy", 320)
+    for dataset, folder, own in (("coco-stuff", "coco-stuff", real), ("folder:a/b/", "b", real),
+                                 ("folder:.", tmp_path.name, real), ("toy:3", "toy-3", toy)):
         args = train.parse([f"--dataset={dataset}"])
-        assert args.out == f"out/{folder}" and args.steps == (320 if "toy" in folder else 80_000)
-        own = ("tiny", "toy") if "toy" in folder else ("ViT-B-16-quickgelu", "openai")
-        assert (args.clip, args.pretrained) == own
+        assert (args.clip, args.pretrained, args.steps) == own and args.out == f"out/{folder}"
     assert train.parse(["--dataset=folder:x", "--clip=tiny"]).pretrained == "none"
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")

@@ -301,7 +301,7 @@ class ClassAggregation(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, C))
 
     def forward(self, x, guidance):
-        """x [B,K,H,W,C], guidance [B,K,1,1,C] -> [B,K,H,W,C]. Training pools 2x2, as CAT-Seg does."""
+        """x [B,K,H,W,C], guidance [B,K,1,1,C] -> [B,K,H,W,C]. Pools 2x2 in training."""
         B, K, H, W, C = x.shape
         y = x
         if self.training:

@@ -404,9 +404,9 @@ def main(args):
             refuse_non_finite({"tpa_loss": torch.tensor(loss)}, 0.0, scaler, "the end of TPA")
             add(step=0, tpa_loss=loss, **measure())
         checkpoint.save(last, step=0, **run)
-    elif due(args.eval_every, step) and step < args.steps and "drift" not in log[-1]:
-        # interrupted between saving and evaluating
-        add(step=step, **evaluation())
+    elif due(args.eval_every, step) and step < args.steps:  # saved before it was evaluated
+        if log[-1]["step"] < step or "drift" not in log[-1]:
+            add(step=step, **evaluation())
 
     # joint training
     losses_of = step_losses if args.distill in ("rpmd", "frozen") else rival_losses

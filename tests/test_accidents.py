@@ -193,6 +193,21 @@ def test_nan_stops_before_the_step_and_names_its_origin(training, tmp_path, monk
     assert len(steps) == 2 and step_of(tmp_path / "a") == 2
 
 
+def test_an_error_in_a_step_keeps_the_steps_before(training, tmp_path, monkeypatch):
+    calls, loss = [], train.cpa_loss
+
+    def third_fails(*args):
+        calls.append(0)
+        if len(calls) == 3:
+            raise UserError("x.jpg can't be read")
+        return loss(*args)
+
+    monkeypatch.setattr(train, "cpa_loss", third_fails)
+    with pytest.raises(UserError, match="x.jpg"):
+        training("a", "--tpa-steps=0", "--image-size=32", "--save-every=0")
+    assert step_of(tmp_path / "a") == 2
+
+
 # Several processes and runs
 
 

@@ -229,6 +229,14 @@ def test_clip_in_published_formats(clip, monkeypatch):
         torch.testing.assert_close(dict(loaded.state_dict()), state, rtol=tolerance, atol=tolerance)
 
 
+def test_the_activation_of_a_file_is_that_of_the_config_beside_it(clip, tmp_path, capsys):
+    torch.save(clip.state_dict(), "plain.pt")
+    checkpoint.load_clip("ViT-small", "plain.pt")
+    assert "plain.pt is taken to be trained with QuickGELU" in capsys.readouterr().out
+    (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {}}')
+    assert "asks for GELU" in refusal(checkpoint.load_clip, "ViT-small", "plain.pt")
+
+
 def test_clip_files_and_models_that_do_not_fit(clip, tmp_path, monkeypatch):
     other = open_clip.model.CLIP(**{**SMALL, "embed_dim": 16}).state_dict()
     for name, contents in {"other.pt": other, "bomb.pt": Bomb(), "list.pt": [1]}.items():

@@ -334,9 +334,10 @@ def test_defaults_follow_the_data(tmp_path, monkeypatch):
         args = train.parse([f"--dataset={dataset}"])
         assert (args.clip, args.pretrained, args.steps) == own and args.out == f"out/{folder}"
     assert train.parse(["--dataset=folder:x", "--clip=tiny"]).pretrained == "none"
+    assert train.parse(["--dataset=coco-stuff", "--steps=300"]).alpha == 0.99  # a third of the run
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
-    assert train.parse(["--accumulate=2"]).batch_size == 6
+    assert train.parse([]).batch_size == train.parse(["--accumulate=2"]).batch_size == 6
     with pytest.raises(UserError, match="--batch-size 8 does not divide among"):
         train.parse(["--accumulate=2", "--batch-size=8"])
 

@@ -1,7 +1,7 @@
 """The paper's analysis: what becomes of CLIP's features, reference patches above all, in training.
 
     python -m study pictures --checkpoint out/toy/last.pt
-    python -m study shift --checkpoints out/rpmd/step-*.pt out/plain/step-*.pt
+    python -m study shift --checkpoints out/toy-rpmd/step-*.pt out/toy-plain/step-*.pt
     python -m study sweep ablate --seeds 8
 """
 import argparse
@@ -17,7 +17,8 @@ def parse(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for run in (pictures, shift, sweep):
-        verb = verbs.add_parser(run.__name__, description=run.__doc__, allow_abbrev=False)
+        verb = verbs.add_parser(run.__name__, help=run.__doc__, description=run.__doc__,
+                                allow_abbrev=False)
         verb.set_defaults(run=run)
         verb.add_argument("--out", default="out/study")
         if run is sweep:

@@ -106,7 +106,7 @@ def parse(argv=None):
 
     add = parser.add_argument_group("schedule and run").add_argument
     setting("--steps", number(int, 1), "optimiser steps of joint training")
-    setting("--batch-size", number(int, 1), "global batch size, rounded up to all GPUs")
+    setting("--batch-size", number(int, 1), "global batch size; by default a multiple of the GPUs")
     add("--accumulate", type=number(int, 1), default=1,
         help="micro-batches per step; SPD and CPA are averaged within each (default 1)")
     setting("--lr", number(float, 0), "learning rate of the head")

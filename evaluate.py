@@ -301,13 +301,12 @@ def label_pictures(model, trained_on, args):
     text = encode_names(model, names)
     paths = []
     for place in map(Path, args.image):
-        files = sorted(path for path in place.glob("[!.]*") if not path.is_dir())
-        paths += files if place.is_dir() else [place]
+        files = [path for path in place.glob("[!.]*") if not path.is_dir()]
+        paths += sorted(files) if place.is_dir() else [place]
+    paths = [path for path in dict.fromkeys(paths) if ".rpmd." not in path.name]  # written here
     done, wrong = set(), []
-    for path in tqdm(dict.fromkeys(paths), "pictures", leave=False):
+    for path in tqdm(paths, "pictures", leave=False):
         target = Path(args.out or path.parent, f"{path.name}.rpmd.png")  # a name that nobody uses
-        if ".rpmd." in path.name:  # written here
-            continue
         try:
             if target in done:
                 raise UserError(f"{path} would overwrite {target}, of another picture")

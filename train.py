@@ -327,8 +327,8 @@ def step_line(step, figures, optimiser, accumulate, grad_norm, seconds):
 
 
 def report(out, log, args, model, original, momentum, val_set, seen):
-    """Write results.json and the pictures, and print the scores and the share and drift of
-    reference patches at the start and at the end. seen: the names that training showed."""
+    """Write results.json and the pictures, and print scores and reference patches at the start and
+    at the end. seen: the names that training showed."""
     write_json(dict(args=vars(args), start=log[0], trained=log[-1]), out / "results.json")
     start = [line for line in log if line["step"] == 0]
     scores = ["seen", "unseen", "harmonic"] if "seen" in log[-1] else ["mIoU_ground_truth"]

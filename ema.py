@@ -24,6 +24,8 @@ class MomentumEncoder:
         self.alpha = alpha
         self.target = encoder
         self.average = frozen_copy(encoder)
+        pairs = zip(self.average.parameters(), encoder.parameters())
+        self.pairs = [(average, target) for average, target in pairs if average is not target]
 
     @torch.no_grad()
     def __call__(self, *inputs):
@@ -32,10 +34,8 @@ class MomentumEncoder:
     @torch.no_grad()
     def update(self):
         """E^M = alpha E^M + (1 - alpha) E, once after each optimiser step; buffers are copied."""
-        pairs = zip(self.average.parameters(), self.target.parameters())
-        pairs = [(average, target) for average, target in pairs if average is not target]
-        if pairs:
-            averages, targets = zip(*pairs)
+        if self.pairs:
+            averages, targets = zip(*self.pairs)
             torch._foreach_lerp_(averages, targets, 1 - self.alpha)
         for average, target in zip(self.average.buffers(), self.target.buffers()):
             average.copy_(target)

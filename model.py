@@ -87,7 +87,8 @@ class Attention(nn.Module):
 
     def forward(self, x, causal=False):
         """x [B,n,width] -> [B,n,width]. causal: a token attends to none that follows it."""
-        packed = torch.cat([self.q_proj_weight, self.k_proj_weight, self.v_proj_weight])
+        packed = torch.cat([self.q_proj_weight.to(x.dtype), lowered(self.k_proj_weight, x.dtype),
+                            self.v_proj_weight.to(x.dtype)])
         qkv = F.linear(x, packed, lowered(self.in_proj_bias, x.dtype))  # [B,n,3*width]
         qkv = qkv.unflatten(2, (3, self.heads, -1)).unbind(2)
         q, k, v = (part.transpose(1, 2) for part in qkv)  # [B,heads,n,width/heads]

@@ -119,20 +119,24 @@ def parse(argv=None):
     add("--out", help="folder for everything that is written (default out/DATASET)")
     add("--restart", action="store_true", help="overwrite the run in --out instead of resuming it")
 
-    parser.set_defaults(**RECIPE)
     args = parser.parse_args(argv)
     toy = args.dataset.startswith("toy")
-    parser.set_defaults(clip="tiny" if toy else "ViT-B-16-quickgelu", pretrained="openai",
-                        alpha=max(0.0, 1 - 3 / args.steps))
-    if args.clip == "tiny" or toy and not args.clip:
-        parser.set_defaults(**TOY, pretrained="toy" if toy else "none")
+    if args.clip is None:
+        args.clip = "tiny" if toy else "ViT-B-16-quickgelu"
+    defaults = dict(RECIPE, pretrained="openai")
+    if args.clip == "tiny":
+        defaults.update(TOY, pretrained="toy" if toy else "none")
     if args.init_cat_seg:
-        parser.set_defaults(pretrained="none")
+        defaults["pretrained"] = "none"
     parts = accidents.torchrun()[1] * args.accumulate
+    defaults["batch_size"] = math.ceil(RECIPE["batch_size"] / parts) * parts
     folder = Path(args.dataset.removeprefix("folder:").replace("toy:", "toy-")).expanduser()
-    parser.set_defaults(batch_size=math.ceil(RECIPE["batch_size"] / parts) * parts,
-                        out=f"out/{folder.resolve().name}")
-    args = parser.parse_args(argv)
+    defaults["out"] = f"out/{folder.resolve().name}"
+    for name, value in defaults.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if args.alpha is None:
+        args.alpha = max(0.0, 1 - 3 / args.steps)
     if args.batch_size % parts:
         raise UserError(f"--batch-size {args.batch_size} does not divide among {parts} (processes "
                         "times --accumulate)")
@@ -404,9 +408,6 @@ def main(args):
             refuse_non_finite({"tpa_loss": torch.tensor(loss)}, 0.0, scaler, "the end of TPA")
             add(step=0, tpa_loss=loss, **measure())
         checkpoint.save(last, step=0, **run)
-    elif due(args.eval_every, step) and step < args.steps:  # saved before it was evaluated
-        if log[-1]["step"] < step or "drift" not in log[-1]:
-            add(step=step, **evaluation())
 
     # joint training
     losses_of = step_losses if args.distill in ("rpmd", "frozen") else rival_losses
@@ -420,8 +421,11 @@ def main(args):
     micro_batches = batches(size // parts, step * parts, args.steps * parts)
     bar = tqdm(range(step + 1, args.steps + 1), "training", args.steps, initial=step,
                disable=rank > 0)
+    evaluated = [line["step"] for line in log if "drift" in line]
     accidents.defer_signals()
     for step in bar:
+        if due(args.eval_every, step - 1) and step - 1 not in evaluated:
+            add(step=step - 1, **evaluation())
         begin = time.time()
         model.train()  # evaluation sets eval mode
         set_learning_rate(optimiser, step - 1, args.steps)
@@ -453,16 +457,14 @@ def main(args):
             add(**step_line(step, figures, optimiser, parts, grad_norm, seconds))
             bar.set_postfix(loss=log[-1]["total_loss"], reference=log[-1]["reference_share"])
         stop = accidents.anyone_asked_to_stop()
-        evaluation_due = due(args.eval_every, step) or step == args.steps
-        if stop or evaluation_due or due(args.save_every, step):
+        evaluates = due(args.eval_every, step) or step == args.steps
+        if stop or evaluates or due(args.save_every, step):
             checkpoint.save(last, step=step, **run)
         if due(args.snapshot_every, step):
             checkpoint.save(out / f"step-{step:06d}.pt", step=step, **run)
         if stop:
             say(f"stopped after step {step} as asked; the same command resumes from {last}")
             return 130
-        if evaluation_due and step < args.steps:
-            add(step=step, **evaluation())
 
     add(step=step, **evaluation())
     if rank == 0:

@@ -129,9 +129,11 @@ def doubt(dataset, counts):
     return ""
 
 
-def first_look(dataset, pixel_labels, grid):
-    """Warn of what is doubtful about some training crops' labels [N,S,S]."""
-    if said := doubt(dataset, count_labels(pixel_labels, len(dataset.names))):
+def first_look(crops, grid):
+    """Warn of what is doubtful about the labels of the first 32 training crops."""
+    pixel_labels = torch.stack([crops[draw][1] for draw in range(32)])  # [32,S,S]
+    said = doubt(crops.dataset, count_labels(pixel_labels, len(crops.dataset.names)))
+    if said:
         accidents.say(f"warning: of the first training crops {said}")
     if (patch_labels(pixel_labels, grid) == IGNORE).all():
         accidents.say("warning: no patch of the first training crops has a label on most of its "

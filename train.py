@@ -137,6 +137,8 @@ def parse(argv=None):
             setattr(args, name, value)
     if args.alpha is None:
         args.alpha = max(0.0, 1 - 3 / args.steps)
+    if args.distill != "rpmd":
+        args.alpha = 1.0  # the teacher stays as it is
     if args.batch_size % parts:
         raise UserError(f"--batch-size {args.batch_size} does not divide among {parts} (processes "
                         "times --accumulate)")
@@ -372,10 +374,9 @@ def main(args):
     evaluate.check_names(model, train_set.names, train_set.own_words)
     tokens = model.tokenize(train_set.names)
     original = frozen_copy(model)  # CLIP as training begins
-    alpha = args.alpha if args.distill == "rpmd" else 1.0
     momentum = None
     if args.distill != "none":  # TPA leaves the visual encoder as it is: E^M can begin here
-        momentum = MomentumEncoder(model.image_encoder, alpha)
+        momentum = MomentumEncoder(model.image_encoder, args.alpha)
     optimiser = build_optimiser(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
@@ -386,20 +387,18 @@ def main(args):
     step = None if args.restart else checkpoint.resume(last, **run)
     add = functools.partial(add_line, log, out / "log.jsonl")
 
-    def measure():
-        """Reference patches in about 32 training crops."""
-        some = batches(size, 0, max(1, 32 // args.batch_size))
-        return reference_statistics(model, momentum, original, tokens, some)
+    sample = list(batches(size, 0, max(1, 32 // args.batch_size)))  # about 32 training crops
+    measure = functools.partial(reference_statistics, model, momentum, original, tokens, sample)
 
     def evaluation(zero_shot=False):
-        """Scores on the validation images, in per cent, and what `measure` gives."""
+        """Scores on the validation images, in per cent, and reference patches of the sample."""
         confusion = evaluate.evaluate(model, val_set, zero_shot, rank, world)
         return evaluate.summary(confusion, val_set.evaluated, train_set.names) | measure()
 
     # text-to-patch pre-alignment
     if step is None:
         step = 0
-        data.first_look(train_set, torch.stack([crops[draw][1] for draw in range(32)]), model.grid)
+        data.first_look(crops, model.grid)
         add(step=0, **evaluation(zero_shot=True))
         if args.tpa_steps:
             warm_up = tqdm(batches(size, 0, args.tpa_steps), "TPA", args.tpa_steps,
@@ -453,8 +452,7 @@ def main(args):
             momentum.update()  # E^M = alpha E^M + (1 - alpha) E
 
         if due(args.log_every, step) or step == args.steps:
-            seconds = time.time() - begin
-            add(**step_line(step, figures, optimiser, parts, grad_norm, seconds))
+            add(**step_line(step, figures, optimiser, parts, grad_norm, time.time() - begin))
             bar.set_postfix(loss=log[-1]["total_loss"], reference=log[-1]["reference_share"])
         stop = accidents.anyone_asked_to_stop()
         evaluates = due(args.eval_every, step) or step == args.steps

@@ -29,7 +29,7 @@ from test_checkpoint import TEXT, VISION
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "pytest"])
-FAST = ("--clip=tiny --image-size=32 --batch-size=16 --steps=4 --tpa-steps=1 --eval-every=0 "
+FAST = ("--clip=tiny --image-size=32 --batch-size=8 --steps=4 --tpa-steps=1 --eval-every=0 "
         "--save-every=0").split()
 PRELUDE = """
 import os, signal, sys, time

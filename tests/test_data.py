@@ -320,7 +320,11 @@ def test_a_first_look_asks_whether_255_is_a_class(folder, checked, capsys):
     labels = torch.tensor([[-1, -1, 0, 1]] * 2)
     counts = data.count_labels(labels, 2)
     assert counts.tolist() == [2, 2, 4] and data.doubt(dataset, counts) == ""
-    data.first_look(dataset, labels[None], (1, 1))
+    scribble = np.full((60, 80), 255, np.uint8)
+    scribble[::12] = 0
+    for path in (folder / "masks/train").iterdir():
+        Image.fromarray(scribble).save(path)
+    data.first_look(data.TrainingCrops(dataset, 32, 0), (4, 4))
     assert "SPD and CPA are 0" in capsys.readouterr().out
     assert data.doubt(dataset, np.array([90, 0, 0])) == ""  # nothing is ignored
     dataset.evaluated = ["background", "road", "sky", "sea"]

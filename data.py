@@ -18,7 +18,7 @@ ROOT_HELP = ("folder of the benchmarks (default $RPMD_DATA, else $DETECTRON2_DAT
              "./datasets)")
 NAMES = (*BENCHMARKS, "folder:PATH", "toy", "toy:N")
 REPORTED = ("ade20k-847", "pc-459", "ade20k-150", "pc-59", "voc-20", "voc-20b")  # by papers
-NO_NAME = re.compile(r"$|#|-\s|\d+\s*([:;,=)]|$)|.*:\s*\d|.*[\0-\x1f\x7f-\x9f]|.{301}")
+NO_NAME = re.compile(r"$|#|-\s|\d+\s*([:;,=)]|$)|.*[:,]\s*\d|.*[\0-\x1f\x7f-\x9f]|.{301}")
 LOADER_TIMEOUT = 300  # seconds that a loader process may take for a batch
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)  # CLIP's
 STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
@@ -56,7 +56,7 @@ def open_dataset(name, root=None, split="val", classes=None, unseen=None):
         if len(names) != needed and not (name == "voc-20b" and len(names) > 20):
             raise UserError(f"--classes has {len(names)} names, and {name} needs {needed}")
         dataset.names = names
-    if unseen:
+    if unseen is not None:
         hold_out(dataset, read_names(unseen, "--unseen"))
     dataset.evaluated = dataset.names
     if name == "voc-20b":  # its last label stands for all names from the 21st on
@@ -76,7 +76,7 @@ def hold_out(dataset, unseen):
     seen = [i for i, name in enumerate(dataset.names) if name not in unseen]
     if strange or not seen:
         raise UserError(f"--unseen {', '.join(strange or unseen)[:100]}: expected are some of the "
-                        f"dataset's names, not all of them: {', '.join(dataset.names)[:300]}")
+                        f"dataset's names, not all of them: {str(dataset.names)[:300]}")
     rank = np.full(len(dataset.names) - STRANGE, IGNORE)  # -1 and -2 count from the end
     rank[seen] = range(len(seen))
     rank[STRANGE] = STRANGE
@@ -84,10 +84,11 @@ def hold_out(dataset, unseen):
 
 
 def read_names(classes, flag="--classes"):
-    """Class names: a list, a file (one a line, after a tab if there is one) or text (split at
-    commas and line ends). A file or text may also be a JSON list. Raises UserError for what is
-    hardly a name, such as `0: red`, a comment, or a lone name that looks like a path."""
+    """Class names: a list, a file (one a line, perhaps after a number and a tab) or text
+    (split at commas and line ends). A file or text may also be a JSON list. Raises UserError for
+    what is hardly a name, such as `0: red`, a comment, or a lone name that looks like a path."""
     where, separator, names = flag, r"[,\n]\s*", classes
+    chosen = isinstance(classes, str) and flag == "--classes"
     if isinstance(classes, str) and (os.path.isfile(classes) or classes.endswith(".txt")):
         classes = Path(classes)
     if isinstance(classes, Path):
@@ -100,13 +101,20 @@ def read_names(classes, flag="--classes"):
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise ValueError("it is no list of strings")
     elif isinstance(names, str):
-        names = [part.split("\t")[-1].strip() for part in re.split(separator, names.rstrip())]
+        rows = [row.split("\t") for row in re.split(separator, names.rstrip())]
+        names = [row[-1].strip() for row in rows]
+        if any(len(row) > 1 for row in rows):
+            numbers = [int(row[0]) if len(row) == 2 and row[0].isdecimal() else -1 for row in rows]
+            shuffled = max(numbers) <= len(rows) and numbers != sorted(numbers)
+            if min(numbers) < 0 or shuffled:
+                raise UserError(f"{where} has tabs: each line should hold a number, a tab and a "
+                                "name, in the order of the numbers")
     if not 0 < len(names) < 2 ** 15:
         raise UserError(f"{where} should hold 1 to 32767 class names, and holds {len(names)}")
     numbered = len(names) > 1 and all(re.match(r"\d+\W", name) for name in names)
-    lone = where == "--classes" and len(names) == 1
+    lone = chosen and len(names) == 1
     for i, name in enumerate(names, 1):
-        if numbered or NO_NAME.match(name) or lone and re.search(r"/|\.\w+$", name):
+        if numbered or NO_NAME.match(name) or lone and re.search(r"[/,;]|\.\w+$", name):
             raise UserError(f"{where} should hold names of classes alone, of at most 300 letters "
                             f"each, and name {i} is {name[:100]!r}")
     if len(set(names)) < len(names):
@@ -124,8 +132,8 @@ def doubt(dataset, counts):
     """A sentence if 255 seems to be a class of one's own masks, else "". counts: `count_labels`."""
     absent = [name for name, n in zip(dataset.evaluated, counts) if n == 0]
     one_apart = len(absent) == 1 or 0 < len(absent) == len(dataset.evaluated) - 1
-    if dataset.own_words and one_apart and counts[-1] > 0.001 * counts.sum():
-        return f"no pixel is {absent[0]!r}, and some are 255: is that the class?"
+    if dataset.own_words and one_apart and counts[-1] > 0.001 * sum(counts):
+        return f"no pixel is {absent[0]!r}, and some have no label: is it 255 in the masks?"
     return ""
 
 

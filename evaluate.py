@@ -109,9 +109,7 @@ def segment(model, image, names, **options):
     """Label every pixel of an image (a path, a PIL image, or uint8 [H,W,3]) with one of the names,
     a list of strings. Returns int64 [H,W], indices into names. options: those of `class_scores`;
     sliding=False looks only once. Raises UserError."""
-    if isinstance(names, str) or not names:
-        raise UserError(f"names should be a list of at least one class name, not {names!r}")
-    names = data.read_names(names, "the list of names")
+    names = data.read_names(names if isinstance(names, str) else list(names), "the names")
     check_names(model, names, own_words=True)
     return label_map(model.eval(), read_image(image), encode_names(model, names), **options)
 
@@ -251,9 +249,9 @@ def examples(path, model, original, momentum, dataset, unseen=()):
         prediction = prediction.clamp(max=len(dataset.evaluated) - 1).cpu().numpy()
         rows[-1].append(pictures.paint(prediction))
         label_maps += [pixel_labels, prediction]
-    titles = [f"correct patches:\n{name}" for name in encoders]
+    titles = [f"reference patches:\n{name}" for name in encoders]
     titles = ["picture", "ground truth", *titles, "prediction"]
-    caption = ("Faded: patches whose feature is not nearest to the name of their label.   "
+    caption = ("Full colour: patches whose feature is nearest to the name of their label.   "
                "* a name outside the training set.")
     legend = pictures.legend(dataset.evaluated, label_maps, unseen)
     pictures.sheet(path, titles, rows, legend, caption)
@@ -304,23 +302,24 @@ def label_pictures(model, trained_on, args):
         files = [path for path in place.glob("[!.]*") if not path.is_dir()]
         paths += sorted(files) if place.is_dir() else [place]
     paths = [path for path in dict.fromkeys(paths) if ".rpmd." not in path.name]  # written here
+    if not paths:
+        raise UserError(f"--image {' '.join(args.image)}: there is no picture")
     done, wrong = set(), []
     for path in tqdm(paths, "pictures", leave=False):
         target = Path(args.out or path.parent, f"{path.name}.rpmd.png")  # a name that nobody uses
         try:
             if target in done:
                 raise UserError(f"{path} would overwrite {target}, of another picture")
+            done.add(target)
             image = read_image(path)
+            labels = label_map(model, image, text, sliding=args.views != "whole",
+                               zero_shot=args.zero_shot).cpu()
+            if args.save_labels:
+                save_labels(target.with_suffix(".labels.png"), labels, len(names))
+            shares = pictures.labelled(target, [(image, labels.numpy())], names, shares=True)
+            tqdm.write(f"{target}: {', '.join(shares)}")
         except UserError as e:
             wrong.append(str(e))
-            continue
-        done.add(target)
-        labels = label_map(model, image, text, sliding=args.views != "whole",
-                           zero_shot=args.zero_shot).cpu()
-        if args.save_labels:
-            save_labels(target.with_suffix(".labels.png"), labels, len(names))
-        shares = pictures.labelled(target, [(image, labels.numpy())], names, shares=True)
-        tqdm.write(f"{target}: {', '.join(shares)}")
     if wrong:
         raise UserError(f"{len(wrong)} of {len(paths)} files are not labelled: {'; '.join(wrong)}")
 
@@ -353,7 +352,7 @@ def main():
     contents = checkpoint.read(args.checkpoint)
     with reading(args.checkpoint, "a checkpoint"):
         if args.zero_shot:
-            contents["model"] |= contents.get("original", {})
+            contents["model"] |= contents["original"]
         trained_on = str(contents.get("args", {}).get("dataset"))
         seen = [str(name) for name in contents.get("names", ())]
     model = checkpoint.build_from(contents, args.checkpoint).to(device).eval()
@@ -377,6 +376,10 @@ def main():
     for name, dataset in zip(names, datasets):
         check_names(model, dataset.names, dataset.own_words, trained_on)
         accidents.say(f"{name}: {dataset.description}")
+        first = range(min(32, len(dataset))) if dataset.own_words else []
+        counts = [data.count_labels(dataset.load(i)[1], len(dataset.evaluated)) for i in first]
+        if said := data.doubt(dataset, sum(counts)):
+            accidents.say(f"warning: of the first images {said}")
         path = result_path(name, dataset, args)
         if args.views:
             dataset.sliding = args.views == "sliding"
@@ -388,11 +391,14 @@ def main():
             views=5 if dataset.sliding else 1, pixels=confusion.sum().item(),
             **summary(confusion, dataset.evaluated, seen))
         if rank == 0:
-            written = write_json(result, Path(f"{path}.json"))
             rows = [("per cent", name)]
             rows += [(key, value) for key, value in result.items() if isinstance(value, float)]
             rows += sorted(result["classes"].items(), key=lambda row: -(row[1] or 0))
-            print(f"{format_table(rows)}\nwritten to {written}")
+            try:
+                written = write_json(result, Path(f"{path}.json"))
+            finally:  # on a full disk too
+                print(format_table(rows))
+            print(f"written to {written}")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def parse(argv=None):
     setting("--snapshot-every", number(int, 0), "steps between checkpoints that are kept, 0: none")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0,
         help="seed of the head's initialisation and of the data's order (default 0)")
-    add("--out", help="folder for everything that is written (default out/DATASET)")
+    add("--out", type=os.path.expanduser, help="folder for all results (default out/DATASET)")
     add("--restart", action="store_true", help="overwrite the run in --out instead of resuming it")
 
     args = parser.parse_args(argv)
@@ -234,6 +234,8 @@ def build_model(args, rank):
         pretrained = tiny_clip.prepare(args.dataset, rank)
     if pretrained != "none":
         network = checkpoint.load_clip(args.clip, pretrained)
+    elif not args.init_cat_seg:
+        say("warning: --pretrained none: CLIP begins with random weights")
     try:
         model = build(args.clip, args.image_size, args.channels, network, prior=args.prior,
                       recompute=args.recompute_head)
@@ -285,8 +287,7 @@ def refuse_non_finite(figures, grad_norm, scaler, where):
 def reference_statistics(model, momentum, original, tokens, batches):
     """Reference patches, Eq. (1), over batches and all processes, as two lines of the log: the
     share that the teacher (without one, the student) finds among the labelled patches; and how far
-    the student's features have drifted, 1 - cos, on the original CLIP's reference patches.
-    """
+    the student's features have drifted, 1 - cos, on the original CLIP's reference patches."""
     text, original_text = model.encode_text(tokens), original.encode_text(tokens)
     sums = torch.zeros(4, dtype=torch.float64, device=text.device)
     for images, pixel_labels, _ in batches:
@@ -338,7 +339,7 @@ def report(out, log, args, model, original, momentum, val_set, seen):
     write_json(dict(args=vars(args), start=log[0], trained=log[-1]), out / "results.json")
     start = [line for line in log if line["step"] == 0]
     scores = ["seen", "unseen", "harmonic"] if "seen" in log[-1] else ["mIoU_ground_truth"]
-    rows = [["per cent", *scores, "reference patches", "drift of these"]]
+    rows = [["per cent", *scores, "reference patches", "drift of CLIP's own (1 - cos)"]]
     names = ["CLIP, zero-shot", "after TPA"][:len(start)] + [f"trained (--distill {args.distill})"]
     for name, line in zip(names, [*start, log[-1]]):
         rows.append([name, *map(line.get, scores), 100 * line["reference_share_teacher"],
@@ -371,7 +372,7 @@ def main(args):
 
     # student, teacher, optimiser
     model = build_model(args, rank).to(device)
-    evaluate.check_names(model, train_set.names, train_set.own_words)
+    evaluate.check_names(model, val_set.names, val_set.own_words)
     tokens = model.tokenize(train_set.names)
     original = frozen_copy(model)  # CLIP as training begins
     momentum = None
@@ -387,7 +388,8 @@ def main(args):
     step = None if args.restart else checkpoint.resume(last, **run)
     add = functools.partial(add_line, log, out / "log.jsonl")
 
-    sample = list(batches(size, 0, max(1, 32 // args.batch_size)))  # about 32 training crops
+    held_out = args.steps, args.steps + max(1, 32 // args.batch_size)
+    sample = list(batches(size, *held_out))  # about 32 crops that no step trains on
     measure = functools.partial(reference_statistics, model, momentum, original, tokens, sample)
 
     def evaluation(zero_shot=False):

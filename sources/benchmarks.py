@@ -124,7 +124,7 @@ class Files:
         lonely = sorted(stem for stem in stems if stem not in images or stem not in masks)
         if lonely:
             place = mask_place if lonely[0] in images else image_place
-            raise UserError(f"{place} lacks {lonely[0][:99]} ({len(lonely)} files have no partner)")
+            raise UserError(f"{place} lacks {lonely[0][:99]} (and so {len(lonely)} in all)")
         self.pairs = [(images[stem], masks[stem]) for stem in sorted(set(stems))]
         self.files = [image.name for image, _ in self.pairs]
 
@@ -171,8 +171,8 @@ def locate(root, pattern, split):
 
 
 def find_files(root, pattern, split, types):
-    """A Layout's path -> (its folder; {stem: path} of files of these types in it, but hidden ones
-    and the *_labelTrainIds.png that mmsegmentation puts beside COCO-Stuff's masks)."""
+    """A Layout's path -> (its folder; {stem: path} of files of these types in it, but hidden ones,
+    evaluate.py's *.rpmd.png, and the *_labelTrainIds.png of mmsegmentation)."""
     place, inner = locate(root, pattern, split)
     if place.suffix == ".json":
         return place, readers.read_detail(place)
@@ -180,7 +180,7 @@ def find_files(root, pattern, split, types):
     for path in sorted(place.glob(inner)):
         stem = path.stem.removesuffix("_seg") if inner.endswith("_seg.png") else path.stem
         ours = path.suffix.lower() in types and not path.name.startswith(".")
-        if ours and not stem.endswith("_labelTrainIds"):
+        if ours and not stem.endswith("_labelTrainIds") and ".rpmd" not in stem:
             if stem in found:
                 raise UserError(f"{path} has a twin of another type in {place}")
             found[stem] = path

@@ -1,7 +1,7 @@
 """Check datasets before training: python -m sources.check NAME ... --data-root DIR
 
 reads every file. It prints what is broken, or the share of each class and what is doubtful, and
-draws four samples into out/check. The first dataset that can't be used ends it, with status 1."""
+draws samples into out/check. The first dataset that can't be used ends it, with status 1."""
 import argparse
 import functools
 import os
@@ -47,10 +47,10 @@ def check(dataset, title):
     if len(colours) > len(dict(colours)):
         print("warning: palettes differ: does an index mean the same class in all of the masks?")
     from support import pictures
-    path = Path("out/check", re.sub("[/:]", "-", title)[-100:] + ".png")
+    path = Path("out/check", re.sub("[/: ]", "-", title)[-100:] + ".png")
     samples = range(0, len(dataset), max(1, len(dataset) // 4))[:4]
     pictures.labelled(path, [dataset.load(i)[:2] for i in samples], dataset.evaluated)
-    print(f"{title}: usable; four samples: {path}")
+    print(f"{title}: usable; samples: {path}")
 
 
 def main():

@@ -29,7 +29,8 @@ def upright(image):
     mode: how the file stores values, in Pillow's words, such as "L;4" for gray of 4 bits."""
     if not isinstance(image, Image.Image):
         image = Image.open(image, formats=FORMATS)
-    raw_mode = str(image.tile[0][-1]) if getattr(image, "tile", None) else ""
+    raw_mode = image.tile[0][-1] if getattr(image, "tile", None) else ""
+    raw_mode = raw_mode if isinstance(raw_mode, str) else str(raw_mode[0])  # of TIFF files
     image.load()
     turn = TURNS.get(image.getexif().get(0x0112))
     return image if turn is None else image.transpose(turn), raw_mode

@@ -52,7 +52,7 @@ def train(row, seed, flags, folder):
         (out / "last.pt").unlink()  # 40 MB that nothing here needs
     results = json.loads((out / "results.json").read_text())
     lines = []
-    for name, figures in ((row, results["trained"]), ("untrained CLIP", results["start"])):
+    for name, figures in ((row, results["trained"]), ("zero-shot CLIP", results["start"])):
         figures = {key: figures[key] for key in (*METRICS, "reference_share_teacher", "drift")}
         lines.append(dict(row=name, seed=seed, **figures, flags=flags))
     return lines

@@ -109,7 +109,7 @@ def loader_process(worker_id):
 
 def torchrun():
     """(rank, number of processes, rank on this machine) as torchrun says, else of one process."""
-    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return 0, 1, 0
     return tuple(int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 

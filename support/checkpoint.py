@@ -15,7 +15,8 @@ from support.files import UserError, reading, replacing
 
 FIXED = {"names": "class names", "data": "images whose names have the digest", "clip": "--clip",
          "image_size": "--image-size", "adapt": "--adapt", "distill": "--distill",
-         "batch_size": "--batch-size", "seed": "--seed"}  # what a resumed run has to share
+         "batch_size": "--batch-size", "seed": "--seed", "pretrained": "--pretrained",
+         "init_cat_seg": "--init-cat-seg"}  # what a resumed run has to share
 CAT_SEG = {  # by the shape of the patch embedding's kernel, the CLIP of its published checkpoints
     (768, 3, 16, 16): "ViT-B-16-quickgelu", (1024, 3, 14, 14): "ViT-L-14-336-quickgelu"}
 CAT_SEG_NAMES = {  # what in the names of its tensors becomes what, in this order
@@ -97,9 +98,11 @@ def load(path):
 
 def load_weights(model, path):
     """Fill a Segmenter from a checkpoint: --init-cat-seg. Raises UserError."""
-    state = read(path)["model"]
-    with reading(path, f"weights of {model.config['clip']}"):
-        model.load_state_dict(state)
+    contents, clip = read(path), model.config["clip"]
+    with reading(path, f"weights of --clip {clip}"):
+        if contents["config"]["clip"] != clip:  # of another GELU, for one
+            raise ValueError(f"they are of --clip {contents['config']['clip']}")
+        model.load_state_dict(contents["model"])
 
 
 def load_clip(clip, pretrained):
@@ -115,6 +118,8 @@ def load_clip(clip, pretrained):
             network = open_clip.model.CLIP(**sizes)
             state = torch.jit.load(pretrained, map_location="cpu").state_dict()
             network.load_state_dict({name: state[name] for name in network.state_dict()})
+        elif not pretrained:  # open_clip would take random weights
+            raise ValueError("it is empty")
         else:
             if Path(pretrained).is_file():
                 check_activation(pretrained, sizes.get("quick_gelu", False))
@@ -161,7 +166,8 @@ def save(path, step, model, original, **run):
 def resume(path, model, original, momentum, optimiser, scaler, log, args, names, data):
     """Fill the objects with what `save` has written of them. Returns the step, or None where there
     is no checkpoint; all processes agree on it. Learning rates and the like are from now on as
-    args says. Raises UserError when the checkpoint is of other classes, images or FIXED flags."""
+    args says. Raises UserError when the checkpoint is of other classes, images or FIXED flags, or
+    nothing is left to train and other flags have changed."""
     step = None
     if path.is_file():
         state = read(path)
@@ -175,6 +181,12 @@ def resume(path, model, original, momentum, optimiser, scaler, log, args, names,
                 if then[name] != now[name]:
                     raise UserError(f"{path} was trained with {title} {str(then[name])[:200]}, not "
                                     f"{str(now[name])[:200]}: use another --out, or --restart")
+            ways = ("out", "restart", "workers", "data_root")
+            changed = [f"--{name.replace('_', '-')} {state['args'].get(name)}" for name in args
+                       if state["args"].get(name) != args[name] and name not in ways]
+            if changed and step == args["steps"]:
+                raise UserError(f"{path} has finished with {', '.join(changed)}: use another "
+                                "--out, or --restart")
             model.load_state_dict(state["model"])
             original.load_state_dict({**state["model"], **state["original"]})
             if momentum:
@@ -188,5 +200,6 @@ def resume(path, model, original, momentum, optimiser, scaler, log, args, names,
             if state["scaler"]:
                 scaler.load_state_dict(state["scaler"])
             log[:] = state["log"]
+            accidents.say(f"resuming {path} after step {step}")
     accidents.agree(step, f"the steps of {path} (--out should be one folder for all nodes)")
     return step

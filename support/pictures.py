@@ -1,7 +1,6 @@
 """Every picture the project draws: arrays and PIL images go in, a png file comes out. Only
 functions that draw import this file, because matplotlib is slow to import."""
 import functools
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +62,7 @@ def legend(names, label_maps, unseen=(), shares=False):
     largest = np.argsort(-counts, kind="stable")[:np.count_nonzero(counts)]
     entries = []
     for i in largest[:12]:
-        text = textwrap.shorten(names[i], 28, placeholder="…")
+        text = names[i] if len(names[i]) < 30 else f"{names[i][:14]}…{names[i][-14:]}"
         if names[i] in unseen:
             text += " *"
         if shares:

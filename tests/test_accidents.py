@@ -272,9 +272,10 @@ def test_restart_is_not_repeated_by_a_scheduler(monkeypatch, elastic, slurm):
     assert train.parse(["--restart"]).restart == (elastic + slurm == "00")
 
 
-@pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE"])
-def test_half_an_environment_is_one_process(tmp_path, monkeypatch, variable):
-    monkeypatch.setenv(variable, "3")
+@pytest.mark.parametrize("variables", [["RANK"], ["WORLD_SIZE"], ["RANK", "WORLD_SIZE"]])
+def test_half_an_environment_is_one_process(tmp_path, monkeypatch, variables):
+    for variable in variables:
+        monkeypatch.setenv(variable, "3")
     assert accidents.start_processes()[:2] == (0, 1)
     assert train.parse(["--batch-size=2"]).batch_size == 2
     accidents.lock_folder(tmp_path)

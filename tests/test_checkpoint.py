@@ -98,6 +98,8 @@ def test_a_loaded_segmenter_is_the_saved_one(saved, make):
     torch.save(dict(config=again.config, model=names), path)
     checkpoint.load_weights(again, path)
     assert_equal(state, again.state_dict())
+    torch.save(dict(config=again.config | {"clip": "ViT-B-16"}, model=names), path)
+    assert "they are of --clip ViT-B-16" in refusal(checkpoint.load_weights, again, path)
 
 
 SPOILED = {  # {field: values of it that no run has written}
@@ -121,7 +123,7 @@ def test_a_spoiled_field_is_refused_before_training(saved, make, field):
 
 def test_what_a_resumed_run_has_to_share_is_named(saved):
     path, run = saved
-    for flag in ("clip", "image_size", "adapt", "distill", "batch_size", "seed"):
+    for flag in ("clip", "image_size", "adapt", "distill", "batch_size", "seed", "init_cat_seg"):
         args = run["args"] | {flag: 2}
         with pytest.raises(UserError, match=f"{path} .*--{flag.replace('_', '-')} 1, not 2"):
             checkpoint.resume(path, **run | {"args": args})
@@ -242,7 +244,7 @@ def test_clip_files_and_models_that_do_not_fit(clip, tmp_path, monkeypatch):
     for name, contents in {"other.pt": other, "bomb.pt": Bomb(), "list.pt": [1]}.items():
         torch.save(contents, name)
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.pt").read_bytes()[:5000])
-    for name in ("other.pt", "bomb.pt", "list.pt", "cut.safetensors", "nowhere.pt", "no-such-tag"):
+    for name in ("", "other.pt", "bomb.pt", "list.pt", "cut.safetensors", "nowhere.pt", "no-tag"):
         text = refusal(checkpoint.load_clip, "ViT-small", name)
         assert text.startswith(f"--pretrained {name} can't be read as weights of --clip"), text
     assert not (tmp_path / "exploded").exists()

@@ -109,11 +109,10 @@ def test_segment_takes_paths_pictures_and_arrays(tiny, tmp_path):
     for wrong in (None, np.zeros((4, 4, 3)), np.zeros((4, 4, 5), np.uint8), "nowhere.jpg"):
         with pytest.raises(UserError, match="can't be read as an image"):
             segment(wrong)
+    assert torch.equal(evaluate.segment(tiny, image, "a, b", sliding=False), segment(image))
     for names in ([], ["a", "a"], ["Sky", "sky"], ["bank, river", "bank, money"]):
         with pytest.raises(UserError):
             segment(image, names)
-    with pytest.raises(UserError):
-        evaluate.segment(tiny, image, "cat")
 
 
 def test_confusion_and_both_miou_equal_sets():
@@ -173,11 +172,13 @@ def test_processes_agree_on_weights_images_and_flags(tiny, folder, tmp_path, com
         raise UserError(f"{what} differ")
 
     monkeypatch.setattr(accidents, "agree", agree)
-    options = ("--checkpoint", save(tiny, tmp_path / "c.pt"), "--datasets", f"folder:{folder}")
+    options = ("--checkpoint", save(tiny, tmp_path / "c.pt", original={}), "--datasets",
+               f"folder:{folder}")
     for flags in ("", "", "--zero-shot", "--views=whole", "--classes=a,b,c"):
         command(*options, *flags.split())
     tiny.head.logit.bias.data += 1e-3
     save(tiny, tmp_path / "c.pt")
+    assert "there is no 'original' in it" in command(*options, "--zero-shot")[1]
     command(*options)
     assert told[0] == told[1] and len(set(told)) == 5
 
@@ -227,6 +228,11 @@ def test_results_and_label_maps_are_written_before_anything_is_printed(
         written = Image.open(file.with_suffix("") / f"labels/{i}.png")
         expected = evaluate.segment(tiny, dataset.load(i)[0], dataset.names)
         assert np.array_equal(np.asarray(written), expected)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(evaluate, "format_table", plain)
+    status, said = command("--checkpoint", tmp_path / "last.pt", "--views=whole", "--out",
+                           tmp_path / "file", "--datasets", f"folder:{folder}")
+    assert status == 1 and "can't be written" in said and "| mIoU_ground_truth" in said
     evaluate.save_labels(tmp_path / "many.png", torch.full((3, 4), 299), 300)
     assert (np.asarray(Image.open(tmp_path / "many.png")) == 299).all()
     assert plain([["class", "IoU"], ["a|é", 12.345], ["b", None]]).splitlines()[2:] == [
@@ -272,6 +278,9 @@ def test_pictures_of_ones_own(tiny, tmp_path, command, monkeypatch):
     assert f"{tmp_path / 'a.jpg'} would overwrite {own / 'a.jpg'}.rpmd.png" in said
     assert sheets == ["a.jpg.rpmd.png", "a.png.rpmd.png"]
     assert "a.jpg.rpmd.png: " in said and "% cat" in said
+    (tmp_path / "empty").mkdir()
+    assert "there is no picture" in command("--checkpoint", tmp_path / "c.pt", "--classes=cat",
+                                            "--image", tmp_path / "empty")[1]
     expected = evaluate.segment(tiny, own / "a.jpg", ["cat", "wooden floor"], sliding=False)
     assert np.array_equal(np.asarray(Image.open(own / "a.jpg.rpmd.labels.png")), expected)
 

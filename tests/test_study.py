@@ -165,7 +165,7 @@ def test_a_row_is_compared_with_the_first_of_its_setting(stub, tmp_path, capsys)
     assert " 38.5 (+2.0 [+2.0, +2.0]) |" in table and " 43.5 (-2.0 [-2.0, -2.0]) |" in table
     lines = [json.loads(line) for line in (tmp_path / "out/demo.jsonl").read_text().splitlines()]
     scores = [30 + seed + gain for gain in (*gains.values(), 0) for seed in (5, 6)]
-    assert [line["unseen"] for line in lines] == scores and lines[-1]["row"] == "untrained CLIP"
+    assert [line["unseen"] for line in lines] == scores and lines[-1]["row"] == "zero-shot CLIP"
     assert (tmp_path / "out/demo.png").exists() and not list(tmp_path.rglob("last.pt"))
 
 

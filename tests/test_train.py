@@ -133,6 +133,8 @@ def test_a_run_its_log_and_what_comes_after(go, tmp_path):
     b, _ = go("a")
     torch.testing.assert_close(b["model"], a["model"], rtol=0, atol=0)
     assert read_log(out) == log and (out / "results.json").read_text() == text
+    with pytest.raises(UserError, match="last.pt has finished with --tau 0.1: use another --out"):
+        go("a", "--tau=0.5")
     c, steps = go("a", "--restart", "--steps=1")
     assert c["step"] == 1 and [line["step"] for line in steps] == [1]
 
@@ -256,6 +258,12 @@ def test_init_cat_seg_brings_every_weight(tmp_path):
     torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
+def test_names_that_read_alike_are_refused_although_one_is_held_out(go, folder):
+    (folder / "classes.txt").write_text("red thing\nRed thing\nblue thing")
+    with pytest.raises(UserError, match="'red thing' and 'Red thing' alike"):
+        go("a", "--unseen=Red thing")
+
+
 # Several processes
 
 
@@ -337,6 +345,7 @@ def test_defaults_follow_the_data(tmp_path, monkeypatch):
     assert train.parse(["--dataset=coco-stuff", "--steps=300"]).alpha == 0.99  # a third of the run
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert train.parse([]).batch_size == train.parse(["--accumulate=2"]).batch_size == 6
     with pytest.raises(UserError, match="--batch-size 8 does not divide among"):
         train.parse(["--accumulate=2", "--batch-size=8"])

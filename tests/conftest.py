@@ -1,8 +1,6 @@
 """What the tests share: the project on the path, a tiny segmenter, a small dataset of one's own,
-and training, in this process or as a user starts it."""
-import os
+and training in this process."""
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)  # tests start processes
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # by a script's `pytest &`; children inherit
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -71,16 +69,3 @@ def training(folder, tmp_path, monkeypatch):
     yield go
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-def run(*command, processes=1, cwd=ROOT, env=None):
-    """Run one of the project's scripts as a user would, of several processes by torchrun. Returns a
-    CompletedProcess."""
-    launcher = []
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    words = [sys.executable, *launcher, *map(str, command)]
-    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", **(env or {}))
-    done = subprocess.run(words, cwd=cwd, env=env, text=True, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done

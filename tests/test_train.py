@@ -4,7 +4,10 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -13,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import train
-from conftest import ROOT, run
+from conftest import ROOT
 from ema import MomentumEncoder
 from model import build
 from support.files import UserError
@@ -282,21 +285,33 @@ def test_two_processes_equal_one_on_the_joined_batch(folder, start):
             assert x[name] == pytest.approx(y[name], rel=1e-3, abs=1e-4), name
 
 
-def test_the_command_as_it_stands(tmp_path):
-    """torchrun train.py --dataset coco-stuff: data where CAT-Seg's users have them, results in
-    out/coco-stuff."""
-    coco = tmp_path / "data/coco-stuff"
+@pytest.fixture(scope="module", autouse=True)
+def command(tmp_path_factory):
+    """torchrun train.py --dataset coco-stuff as it stands, with data where CAT-Seg's users have
+    them. It runs beside the other tests, in the folder that is its argument cwd."""
+    home = tmp_path_factory.mktemp("home")
     for split, (i, colour) in itertools.product(("train", "val"), enumerate(("red", "blue"))):
         for place in (f"images/{split}2017", f"annotations/{split}2017"):
-            (coco / place).mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (70, 66), colour).save(coco / f"images/{split}2017/{i:012}.jpg")
-        Image.new("L", (70, 66), i).save(coco / f"annotations/{split}2017/{i:012}.png")
-    small = "--clip tiny --image-size 32 --steps 1 --batch-size 4 --tpa-steps 1".split()
-    done = run(ROOT / "train.py", "--dataset", "coco-stuff", *small, processes=2, cwd=tmp_path,
-               env={"DETECTRON2_DATASETS": str(tmp_path / "data")})
-    assert {path.name for path in (tmp_path / "out/coco-stuff").iterdir()} == FILES
-    assert "171" in done.stdout and "zero-shot" in done.stdout
-    assert "5000" in done.stdout  # in a complete download
+            (home / "coco-stuff" / place).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (70, 66), colour).save(home / f"coco-stuff/images/{split}2017/{i:012}.jpg")
+        Image.new("L", (70, 66), i).save(home / f"coco-stuff/annotations/{split}2017/{i:012}.png")
+    words = (f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 "
+             f"{ROOT}/train.py --dataset coco-stuff --clip tiny --image-size 32 --steps 1 "
+             "--batch-size 4 --tpa-steps 1").split()
+    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", DETECTRON2_DATASETS=home)
+    with open(home / "said.txt", "w") as said:
+        process = subprocess.Popen(words, cwd=home, env=env, stdout=said, stderr=said)
+    yield process, home
+    process.kill()
+
+
+def test_the_command_as_it_stands(command):
+    process, home = command
+    status, said = process.wait(200), (home / "said.txt").read_text()
+    assert status == 0, said[-4000:]
+    assert {path.name for path in (home / "out/coco-stuff").iterdir()} == FILES
+    assert "171" in said and "zero-shot" in said
+    assert "5000" in said  # in a complete download
 
 
 def test_what_a_resumed_run_may_change(go, folder, tmp_path):

@@ -86,16 +86,19 @@ def hold_out(dataset, unseen):
 def read_names(classes, flag="--classes"):
     """Class names: a list, a file (one a line, perhaps after a number and a tab) or text
     (split at commas and line ends). A file or text may also be a JSON list. Raises UserError for
-    what is hardly a name, such as `0: red`, a comment, or a lone name that looks like a path."""
+    what is hardly a name: `0: red`, a comment, or a single one that looks like a path or list."""
     where, separator, names = flag, r"[,\n]\s*", classes
-    chosen = isinstance(classes, str) and flag == "--classes"
+    single = "\n"  # what a single name should not hold
     if isinstance(classes, str) and (os.path.isfile(classes) or classes.endswith(".txt")):
-        classes = Path(classes)
+        classes, single = Path(classes), "[,;]"
+    elif isinstance(classes, str) and flag == "--classes":
+        single = r"[/;]|\.\w+$"
     if isinstance(classes, Path):
         where, separator = classes, "\n"
         with reading(classes, "class names, one a line"):
             names = classes.read_text(encoding="utf-8-sig")
     if isinstance(names, str) and names.lstrip().startswith(("[", "{")):
+        single = "\n"
         with reading(where, "a JSON list of names"):
             names = json.loads(names)
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -112,11 +115,11 @@ def read_names(classes, flag="--classes"):
     if not 0 < len(names) < 2 ** 15:
         raise UserError(f"{where} should hold 1 to 32767 class names, and holds {len(names)}")
     numbered = len(names) > 1 and all(re.match(r"\d+\W", name) for name in names)
-    lone = chosen and len(names) == 1
+    alone = len(names) == 1 and re.search(single, names[0])
     for i, name in enumerate(names, 1):
-        if numbered or NO_NAME.match(name) or lone and re.search(r"[/,;]|\.\w+$", name):
-            raise UserError(f"{where} should hold names of classes alone, of at most 300 letters "
-                            f"each, and name {i} is {name[:100]!r}")
+        if numbered or alone or NO_NAME.match(name):
+            raise UserError(f"{where} should hold names of classes alone (a file, one a line), of "
+                            f"at most 300 letters each, and name {i} is {name[:100]!r}")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{where} names {twice[:100]!r} twice")
@@ -133,7 +136,7 @@ def doubt(dataset, counts):
     absent = [name for name, n in zip(dataset.evaluated, counts) if n == 0]
     one_apart = len(absent) == 1 or 0 < len(absent) == len(dataset.evaluated) - 1
     if dataset.own_words and one_apart and counts[-1] > 0.001 * sum(counts):
-        return f"no pixel is {absent[0]!r}, and some have no label: is it 255 in the masks?"
+        return f"no pixel is {absent[0]!r}, and some have no label: is it stored as 255?"
     return ""
 
 

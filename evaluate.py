@@ -107,9 +107,10 @@ def label_map(model, image, text, **options):
 
 def segment(model, image, names, **options):
     """Label every pixel of an image (a path, a PIL image, or uint8 [H,W,3]) with one of the names,
-    a list of strings. Returns int64 [H,W], indices into names. options: those of `class_scores`;
-    sliding=False looks only once. Raises UserError."""
-    names = data.read_names(names if isinstance(names, str) else list(names), "the names")
+    a list of strings, or text as for --classes. Returns int64 [H,W], indices into names. options:
+    those of `class_scores`; sliding=False looks only once. Raises UserError."""
+    names = names if isinstance(names, str) else list(names)
+    names = data.read_names(names, "the list of names")
     check_names(model, names, own_words=True)
     return label_map(model.eval(), read_image(image), encode_names(model, names), **options)
 
@@ -310,16 +311,17 @@ def label_pictures(model, trained_on, args):
         try:
             if target in done:
                 raise UserError(f"{path} would overwrite {target}, of another picture")
-            done.add(target)
             image = read_image(path)
-            labels = label_map(model, image, text, sliding=args.views != "whole",
-                               zero_shot=args.zero_shot).cpu()
-            if args.save_labels:
-                save_labels(target.with_suffix(".labels.png"), labels, len(names))
-            shares = pictures.labelled(target, [(image, labels.numpy())], names, shares=True)
-            tqdm.write(f"{target}: {', '.join(shares)}")
         except UserError as e:
             wrong.append(str(e))
+            continue
+        done.add(target)
+        labels = label_map(model, image, text, sliding=args.views != "whole",
+                           zero_shot=args.zero_shot).cpu()
+        if args.save_labels:
+            save_labels(target.with_suffix(".labels.png"), labels, len(names))
+        shares = pictures.labelled(target, [(image, labels.numpy())], names, shares=True)
+        tqdm.write(f"{target}: {', '.join(shares)}")
     if wrong:
         raise UserError(f"{len(wrong)} of {len(paths)} files are not labelled: {'; '.join(wrong)}")
 
@@ -376,10 +378,6 @@ def main():
     for name, dataset in zip(names, datasets):
         check_names(model, dataset.names, dataset.own_words, trained_on)
         accidents.say(f"{name}: {dataset.description}")
-        first = range(min(32, len(dataset))) if dataset.own_words else []
-        counts = [data.count_labels(dataset.load(i)[1], len(dataset.evaluated)) for i in first]
-        if said := data.doubt(dataset, sum(counts)):
-            accidents.say(f"warning: of the first images {said}")
         path = result_path(name, dataset, args)
         if args.views:
             dataset.sliding = args.views == "sliding"

@@ -235,7 +235,7 @@ def build_model(args, rank):
     if pretrained != "none":
         network = checkpoint.load_clip(args.clip, pretrained)
     elif not args.init_cat_seg:
-        say("warning: --pretrained none: CLIP begins with random weights")
+        say("warning: --pretrained none: CLIP's first weights are random")
     try:
         model = build(args.clip, args.image_size, args.channels, network, prior=args.prior,
                       recompute=args.recompute_head)
@@ -339,7 +339,7 @@ def report(out, log, args, model, original, momentum, val_set, seen):
     write_json(dict(args=vars(args), start=log[0], trained=log[-1]), out / "results.json")
     start = [line for line in log if line["step"] == 0]
     scores = ["seen", "unseen", "harmonic"] if "seen" in log[-1] else ["mIoU_ground_truth"]
-    rows = [["per cent", *scores, "reference patches", "drift of CLIP's own (1 - cos)"]]
+    rows = [["per cent", *scores, "reference patches", "drift of CLIP's reference patches"]]
     names = ["CLIP, zero-shot", "after TPA"][:len(start)] + [f"trained (--distill {args.distill})"]
     for name, line in zip(names, [*start, log[-1]]):
         rows.append([name, *map(line.get, scores), 100 * line["reference_share_teacher"],
@@ -388,8 +388,8 @@ def main(args):
     step = None if args.restart else checkpoint.resume(last, **run)
     add = functools.partial(add_line, log, out / "log.jsonl")
 
-    held_out = args.steps, args.steps + max(1, 32 // args.batch_size)
-    sample = list(batches(size, *held_out))  # about 32 crops that no step trains on
+    far = 10 ** 9  # a step that nobody reaches: no run trains on its crops
+    sample = list(batches(size, far, far + max(1, 32 // args.batch_size)))  # about 32 crops
     measure = functools.partial(reference_statistics, model, momentum, original, tokens, sample)
 
     def evaluation(zero_shot=False):

@@ -124,7 +124,8 @@ class Files:
         lonely = sorted(stem for stem in stems if stem not in images or stem not in masks)
         if lonely:
             place = mask_place if lonely[0] in images else image_place
-            raise UserError(f"{place} lacks {lonely[0][:99]} (and so {len(lonely)} in all)")
+            raise UserError(f"{place} has no file {lonely[0][:99]} (and {len(lonely) - 1} more "
+                            "files have no partner)")
         self.pairs = [(images[stem], masks[stem]) for stem in sorted(set(stems))]
         self.files = [image.name for image, _ in self.pairs]
 

@@ -15,8 +15,11 @@ from support.files import UserError, reading, replacing
 
 FIXED = {"names": "class names", "data": "images whose names have the digest", "clip": "--clip",
          "image_size": "--image-size", "adapt": "--adapt", "distill": "--distill",
-         "batch_size": "--batch-size", "seed": "--seed", "pretrained": "--pretrained",
-         "init_cat_seg": "--init-cat-seg"}  # what a resumed run has to share
+         "batch_size": "--batch-size", "seed": "--seed", "init_cat_seg": "--init-cat-seg",
+         "pretrained": "--pretrained"}  # what a resumed run has to share
+FREE = {"dataset", "data_root", "unseen", "workers", "out", "restart", "steps", "log_every",
+        "eval_every", "save_every", "snapshot_every", "accumulate", "precision", "compile",
+        "recompute_head"}  # what a finished run may be asked for with
 CAT_SEG = {  # by the shape of the patch embedding's kernel, the CLIP of its published checkpoints
     (768, 3, 16, 16): "ViT-B-16-quickgelu", (1024, 3, 14, 14): "ViT-L-14-336-quickgelu"}
 CAT_SEG_NAMES = {  # what in the names of its tensors becomes what, in this order
@@ -181,12 +184,11 @@ def resume(path, model, original, momentum, optimiser, scaler, log, args, names,
                 if then[name] != now[name]:
                     raise UserError(f"{path} was trained with {title} {str(then[name])[:200]}, not "
                                     f"{str(now[name])[:200]}: use another --out, or --restart")
-            ways = ("out", "restart", "workers", "data_root")
-            changed = [f"--{name.replace('_', '-')} {state['args'].get(name)}" for name in args
-                       if state["args"].get(name) != args[name] and name not in ways]
+            changed = [f"--{name.replace('_', '-')} {value}" for name, value
+                       in state["args"].items() if name not in FREE and args.get(name) != value]
             if changed and step == args["steps"]:
-                raise UserError(f"{path} has finished with {', '.join(changed)}: use another "
-                                "--out, or --restart")
+                raise UserError(f"{path} is of a run that has finished, with {', '.join(changed)}: "
+                                "use another --out for other flags")
             model.load_state_dict(state["model"])
             original.load_state_dict({**state["model"], **state["original"]})
             if momentum:
@@ -200,6 +202,6 @@ def resume(path, model, original, momentum, optimiser, scaler, log, args, names,
             if state["scaler"]:
                 scaler.load_state_dict(state["scaler"])
             log[:] = state["log"]
-            accidents.say(f"resuming {path} after step {step}")
+            accidents.say(f"resuming {path}, of {state['args']['dataset']}, after step {step}")
     accidents.agree(step, f"the steps of {path} (--out should be one folder for all nodes)")
     return step

@@ -218,7 +218,7 @@ def test_one_of_two_processes_is_lost(start):
                        ("fails", "data.open_dataset('none')")):
         prelude = f"{RANK_1}third(losses, 'patch_labels', lambda: ({fate}))"
         if name == "hangs":
-            prelude = f"accidents.TIMEOUT = timedelta(seconds=5)\n{prelude}"
+            prelude = f"accidents.TIMEOUT = timedelta(seconds=8)\n{prelude}"
         pairs.append(start(name, "--tpa-steps=0", processes=2, prelude=prelude))
     for first, _ in pairs:
         one_sentence(ends(first, 1), "rank 0 lost contact")

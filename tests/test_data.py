@@ -71,8 +71,8 @@ BROKEN = {
     "mask of one channel .*, not uint8": lambda f: put(f, Image.new("RGB", (80, 60))),
     "0.jpg can't be read as an im": lambda f: os.truncate(f / "images/train/0.jpg", 300),
     "0.png can't be read as a mask": lambda f: os.truncate(f / "masks/train/0.png", 0),
-    "masks/train lacks 0 .and so 1": lambda f: (f / "masks/train/0.png").unlink(),
-    "images/train lacks 0 .and so 1": lambda f: (f / "images/train/0.jpg").unlink(),
+    "masks/train has no file 0 ": lambda f: (f / "masks/train/0.png").unlink(),
+    "images/train has no file 0 ": lambda f: (f / "images/train/0.jpg").unlink(),
     "has a twin of another type": lambda f: GRAY.save(f / "images/train/0.png"),
     "integers up to 255 and 65535, not uint8": lambda f: (f / "classes.txt").write_text(MANY),
     "0.jpg .*cannot identify": lambda f: (f / "images/train/0.jpg").write_bytes(b"%!PS-Adobe-3.0")}
@@ -148,6 +148,7 @@ def test_vocabularies_that_are_refused(classes, words):
 def test_vocabularies_that_are_taken(tmp_path):
     odd = ["🙂", "../../outside", "c:\\d", "日本", "-" * 300, "n.csv", "7up", "C#"]
     assert read_names(", ".join(odd)) == odd == read_names(odd)
+    assert read_names('["cat, house cat"]') == ["cat, house cat"]
     for lone in ("日本", "St. Bernard", "7up", "1 euro"):
         assert read_names(lone) == [lone]
     assert read_names("tv/radio", "--unseen") == ["tv/radio"]  # the dataset has it or has not
@@ -344,7 +345,8 @@ def test_a_first_look_asks_whether_255_is_a_class(folder, checked, capsys):
     for path in (folder / "masks/train").iterdir():
         Image.fromarray(scribble).save(path)
     data.first_look(data.TrainingCrops(dataset, 32, 0), (4, 4))
-    assert "SPD and CPA are 0" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "SPD and CPA are 0" in said and "training crops no pixel is 'road'" in said
     assert data.doubt(dataset, np.array([90, 0, 0])) == ""  # nothing is ignored
     dataset.evaluated = ["background", "road", "sky", "sea"]
     assert data.doubt(dataset, np.array([90, 1, 0, 0, 9])) == ""  # rare classes, and void

@@ -270,10 +270,12 @@ def test_pictures_of_ones_own(tiny, tmp_path, command, monkeypatch):
     (own / "a.HEIC").write_bytes(b"unknown")
     (own / "a.png.rpmd.png").touch()
     photo(100, 80).save(tmp_path / "a.jpg")
+    (tmp_path / "a.png").write_bytes(b"no picture")
     status, said = command(
         "--checkpoint", save(tiny, tmp_path / "c.pt"), "--classes", "cat, wooden floor",
-        "--image", own, tmp_path / "a.jpg", "--out", own, "--save-labels", "--views=whole")
-    assert status == 1 and said.count("can't be read as an image") == 2
+        "--image", tmp_path / "a.png", own, tmp_path / "a.jpg", "--out", own, "--save-labels",
+        "--views=whole")
+    assert status == 1 and said.count("can't be read as an image") == 3
     assert "broken.jpg can't" in said and "a.HEIC can't" in said
     assert f"{tmp_path / 'a.jpg'} would overwrite {own / 'a.jpg'}.rpmd.png" in said
     assert sheets == ["a.jpg.rpmd.png", "a.png.rpmd.png"]
@@ -285,7 +287,7 @@ def test_pictures_of_ones_own(tiny, tmp_path, command, monkeypatch):
     assert np.array_equal(np.asarray(Image.open(own / "a.jpg.rpmd.labels.png")), expected)
 
 
-def test_doubtful_names_are_told(tiny, folder, tmp_path, command, capsys):
+def test_doubtful_names_are_told(tiny, folder, tmp_path, command, capsys, monkeypatch):
     """Refused where they are the user's own, a note for a published list, a warning where a toy
     world's CLIP never saw the words."""
     options = ("--checkpoint", save(tiny, tmp_path / "c.pt", args={"dataset": "toy:3"}),
@@ -296,6 +298,9 @@ def test_doubtful_names_are_told(tiny, folder, tmp_path, command, capsys):
     assert capsys.readouterr().out.startswith("note: ")
     said = command(*options)[1]
     assert "warning: " in said and "'red thing'" in said
+    monkeypatch.setattr("sources.toy.SPLIT_SIZES", {"train": 1, "val": 1})
+    status, said = command(*options[:2], "--datasets", "toy")
+    assert status == 0 and "warning" not in said and "| mIoU_ground_truth" in said
 
 
 def test_examples_show_three_images(tiny, folder, tmp_path, monkeypatch):

@@ -61,8 +61,8 @@ def test_every_equation_is_in_the_map():
 
 def test_the_python_example_runs(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "out/toy").mkdir(parents=True)
-    torch.save(dict(config=tiny.config, model=tiny.state_dict()), "out/toy/last.pt")
+    (tmp_path / "out/coco-stuff").mkdir(parents=True)
+    torch.save(dict(config=tiny.config, model=tiny.state_dict()), "out/coco-stuff/last.pt")
     Image.new("RGB", (40, 30), "red").save("photo.jpg")
     scope = {}
     exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], scope)

@@ -136,8 +136,9 @@ def test_a_run_its_log_and_what_comes_after(go, tmp_path):
     b, _ = go("a")
     torch.testing.assert_close(b["model"], a["model"], rtol=0, atol=0)
     assert read_log(out) == log and (out / "results.json").read_text() == text
-    with pytest.raises(UserError, match="last.pt has finished with --tau 0.1: use another --out"):
+    with pytest.raises(UserError, match="last.pt is of a run that has finished, with --tau 0.1: "):
         go("a", "--tau=0.5")
+    go("a", "--workers=1", "--save-every=1", "--precision=bf16")
     c, steps = go("a", "--restart", "--steps=1")
     assert c["step"] == 1 and [line["step"] for line in steps] == [1]
 
@@ -288,7 +289,7 @@ def test_two_processes_equal_one_on_the_joined_batch(folder, start):
 @pytest.fixture(scope="module", autouse=True)
 def command(tmp_path_factory):
     """torchrun train.py --dataset coco-stuff as it stands, with data where CAT-Seg's users have
-    them. It runs beside the other tests, in the folder that is its argument cwd."""
+    them. It runs beside the other tests. Gives the process and its folder."""
     home = tmp_path_factory.mktemp("home")
     for split, (i, colour) in itertools.product(("train", "val"), enumerate(("red", "blue"))):
         for place in (f"images/{split}2017", f"annotations/{split}2017"):
@@ -302,7 +303,8 @@ def command(tmp_path_factory):
     with open(home / "said.txt", "w") as said:
         process = subprocess.Popen(words, cwd=home, env=env, stdout=said, stderr=said)
     yield process, home
-    process.kill()
+    process.terminate()
+    process.wait()
 
 
 def test_the_command_as_it_stands(command):

@@ -202,6 +202,8 @@ def resume(path, model, original, momentum, optimiser, scaler, log, args, names,
             if state["scaler"]:
                 scaler.load_state_dict(state["scaler"])
             log[:] = state["log"]
-            accidents.say(f"resuming {path}, of {state['args']['dataset']}, after step {step}")
+            so_far = f", so far with {', '.join(changed)}" if changed else ""
+            dataset = state["args"]["dataset"]
+            accidents.say(f"resuming {path} of {dataset} after step {step}{so_far}")
     accidents.agree(step, f"the steps of {path} (--out should be one folder for all nodes)")
     return step

@@ -138,7 +138,7 @@ def test_a_run_its_log_and_what_comes_after(go, tmp_path):
     assert read_log(out) == log and (out / "results.json").read_text() == text
     with pytest.raises(UserError, match="last.pt is of a run that has finished, with --tau 0.1: "):
         go("a", "--tau=0.5")
-    go("a", "--workers=1", "--save-every=1", "--precision=bf16")
+    go("a", "--save-every=1", "--precision=bf16")
     c, steps = go("a", "--restart", "--steps=1")
     assert c["step"] == 1 and [line["step"] for line in steps] == [1]
 
@@ -316,8 +316,8 @@ def test_the_command_as_it_stands(command):
     assert "5000" in said  # in a complete download
 
 
-def test_what_a_resumed_run_may_change(go, folder, tmp_path):
-    """It keeps the CLIP it began with, and its data may have moved."""
+def test_what_a_resumed_run_may_change(go, folder, tmp_path, capsys):
+    """It keeps the CLIP it began with, and its data may have moved. What changed is told."""
     a, _ = go("a")
     for flag in ("seed", "steps"):
         with pytest.raises(UserError, match=f"last.pt .*--{flag} .*: use another --out"):
@@ -326,6 +326,7 @@ def test_what_a_resumed_run_may_change(go, folder, tmp_path):
     b, _ = go("a", f"--dataset=folder:{moved}", "--lr=1e-3", "--tau=0.5", "--steps=3",
               "--clip-lr-factor=0.03")
     assert b["step"] == 3 and b["args"]["tau"] == 0.5
+    assert "after step 2, so far with --tau 0.1, --lr 0.0025, " in capsys.readouterr().out
     rates = [group["base_lr"] for group in b["optimiser"]["param_groups"]]
     assert rates == pytest.approx([1e-3, 1e-3, 3e-5])
     torch.testing.assert_close(a["original"], b["original"], rtol=0, atol=0)

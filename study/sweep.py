@@ -91,7 +91,8 @@ def report(lines, title, path):
         share = np.mean([100 * run["reference_share_teacher"] for run in runs])
         table.append([*cells, f"{p:.3f}", share])
     ax.invert_yaxis()
-    figure.suptitle(f"{title}\n(bars: 95 % interval of the difference to the first row)")
+    first = next(iter(rows)).partition(",")[0]
+    figure.suptitle(f"{title}\n(bars: 95 % interval of the difference to {first})")
     figure.savefig(f"{path}.png", dpi=110)
     Path(f"{path}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(f"{title}\n\n{format_table(table)}\n\nIn brackets: mean difference to the first row with "

@@ -135,7 +135,7 @@ def doubt(dataset, counts):
     """A sentence if 255 seems to be a class of one's own masks, else "". counts: `count_labels`."""
     absent = [name for name, n in zip(dataset.evaluated, counts) if n == 0]
     one_apart = len(absent) == 1 or 0 < len(absent) == len(dataset.evaluated) - 1
-    if dataset.own_words and one_apart and counts[-1] > 0.001 * sum(counts):
+    if dataset.own_words and one_apart and counts[-1] > 0.001 * counts.sum():
         return f"no pixel is {absent[0]!r}, and some have no label: is it stored as 255?"
     return ""
 

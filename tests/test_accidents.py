@@ -203,9 +203,12 @@ def test_an_error_in_a_step_keeps_the_steps_before(training, tmp_path, monkeypat
         return loss(*args)
 
     monkeypatch.setattr(train, "cpa_loss", third_fails)
+    flags = ("--tpa-steps=0", "--image-size=32", "--save-every=0", "--eval-every=2")
     with pytest.raises(UserError, match="x.jpg"):
-        training("a", "--tpa-steps=0", "--image-size=32", "--save-every=0")
+        training("a", *flags)
     assert step_of(tmp_path / "a") == 2
+    log = read_log(training("a", *flags))  # and what was evaluated before is not done again
+    assert [line["step"] for line in log if "drift" in line] == [0, 2, 4, 6]
 
 
 # Several processes and runs

@@ -44,6 +44,7 @@ def refused(words, function, *arguments, **options):
 
 
 def test_folder(folder):
+    GRAY.save(folder / "images/train/0.jpg.rpmd.png")  # evaluate.py's
     dataset = trained(folder)
     assert dataset.names == ["red thing", "green thing", "blue thing"] and len(dataset) == 6
     image, labels, path = dataset.load(2)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from losses import IGNORE, patch_labels
-from sources.benchmarks import BENCHMARKS, CLASSES, STRANGE, Files, Layout, open_benchmark
+from sources.benchmarks import BENCHMARKS, STRANGE, Files, Layout, open_benchmark
 from support import accidents
 from support.files import UserError, reading
 
@@ -18,7 +18,7 @@ ROOT_HELP = ("folder of the benchmarks (default $RPMD_DATA, else $DETECTRON2_DAT
              "./datasets)")
 NAMES = (*BENCHMARKS, "folder:PATH", "toy", "toy:N")
 REPORTED = ("ade20k-847", "pc-459", "ade20k-150", "pc-59", "voc-20", "voc-20b")  # by papers
-NO_NAME = re.compile(r"$|#|-\s|\d+\s*([:;,=)]|$)|.*[:,]\s*\d|.*[\0-\x1f\x7f-\x9f]|.{301}")
+NO_NAME = re.compile(r"$|[#\[{]|-\s|\d+\s*([:;,=)]|$)|.*[:,]\s*\d|.*[;\0-\x1f\x7f-\x9f]|.{301}")
 LOADER_TIMEOUT = 300  # seconds that a loader process may take for a batch
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)  # CLIP's
 STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
@@ -48,7 +48,7 @@ def open_dataset(name, root=None, split="val", classes=None, unseen=None):
     elif name in BENCHMARKS:
         variables = os.environ.get("RPMD_DATA") or os.environ.get("DETECTRON2_DATASETS")
         root = Path(root or variables or "datasets")
-        dataset = open_benchmark(name, root, split, read_names(CLASSES / f"{name}.txt"))
+        dataset = open_benchmark(name, root, split)
     else:
         raise UserError(f"--dataset {name}: known are {', '.join(NAMES)}")
     if classes is not None:
@@ -84,42 +84,27 @@ def hold_out(dataset, unseen):
 
 
 def read_names(classes, flag="--classes"):
-    """Class names: a list, a file (one a line, perhaps after a number and a tab) or text
-    (split at commas and line ends). A file or text may also be a JSON list. Raises UserError for
-    what is hardly a name: `0: red`, a comment, or a single one that looks like a path or list."""
+    """Class names: a list, a file (one a line) or text (split at commas and line ends). A file or
+    text may also be a JSON list. Raises UserError, also for what is hardly a name, as `0: red`."""
     where, separator, names = flag, r"[,\n]\s*", classes
-    single = "\n"  # what a single name should not hold
-    if isinstance(classes, str) and (os.path.isfile(classes) or classes.endswith(".txt")):
-        classes, single = Path(classes), "[,;]"
-    elif isinstance(classes, str) and flag == "--classes":
-        single = r"[/;]|\.\w+$"
+    if isinstance(names, str) and (os.path.isfile(names) or names.endswith((".txt", ".json"))):
+        classes = Path(classes)
     if isinstance(classes, Path):
         where, separator = classes, "\n"
         with reading(classes, "class names, one a line"):
             names = classes.read_text(encoding="utf-8-sig")
-    if isinstance(names, str) and names.lstrip().startswith(("[", "{")):
-        single = "\n"
+    if isinstance(names, str) and names.lstrip().startswith("["):
         with reading(where, "a JSON list of names"):
             names = json.loads(names)
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise ValueError("it is no list of strings")
     elif isinstance(names, str):
-        rows = [row.split("\t") for row in re.split(separator, names.rstrip())]
-        names = [row[-1].strip() for row in rows]
-        if any(len(row) > 1 for row in rows):
-            numbers = [int(row[0]) if len(row) == 2 and row[0].isdecimal() else -1 for row in rows]
-            shuffled = max(numbers) <= len(rows) and numbers != sorted(numbers)
-            if min(numbers) < 0 or shuffled:
-                raise UserError(f"{where} has tabs: each line should hold a number, a tab and a "
-                                "name, in the order of the numbers")
+        names = [name.strip() for name in re.split(separator, names.rstrip())]
     if not 0 < len(names) < 2 ** 15:
         raise UserError(f"{where} should hold 1 to 32767 class names, and holds {len(names)}")
-    numbered = len(names) > 1 and all(re.match(r"\d+\W", name) for name in names)
-    alone = len(names) == 1 and re.search(single, names[0])
+    numbered = len(names) > 1 and all(re.match(r"\d+\W", str(name)) for name in names)
     for i, name in enumerate(names, 1):
-        if numbered or alone or NO_NAME.match(name):
+        if numbered or not isinstance(name, str) or NO_NAME.match(name):
             raise UserError(f"{where} should hold names of classes alone (a file, one a line), of "
-                            f"at most 300 letters each, and name {i} is {name[:100]!r}")
+                            f"at most 300 letters each, and name {i} is {str(name)[:100]!r}")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{where} names {twice[:100]!r} twice")
@@ -236,14 +221,15 @@ def stretch(image, factor, offset):
 
 
 def batches(crops, batch_size, start, stop, rank=0, world=1, workers=0, device="cpu"):
-    """Batches of draws for steps start..stop-1: each step takes the next batch_size * world draws,
-    of which this rank takes its share. Yields (images [b,3,S,S] with CLIP's mean and standard
-    deviation, pixel labels int64 [b,S,S], paths), on the device."""
-    first, step = (start * world + rank) * batch_size, world * batch_size
-    draws = (range(i, i + batch_size) for i in range(first, stop * step, step))
+    """Batches of draws for steps start..stop-1: each step takes the next batch_size draws, of which
+    each of `world` processes has its share. Yields this rank's b of them: (images [b,3,S,S] with
+    CLIP's mean and standard deviation, pixel labels int64 [b,S,S], paths), on the device."""
+    b = batch_size // world
+    firsts = range(start * batch_size + rank * b, stop * batch_size, batch_size)
+    draws = (range(first, first + b) for first in firsts)
     for images, pixel_labels, paths in in_loaders(torch.utils.data.DataLoader(
             crops, batch_sampler=draws, num_workers=workers, pin_memory=torch.cuda.is_available(),
-            worker_init_fn=accidents.loader_process, timeout=LOADER_TIMEOUT if workers else 0)):
+            worker_init_fn=accidents.leave_group, timeout=LOADER_TIMEOUT if workers else 0)):
         images = normalise(images.to(device, non_blocking=True))
         yield images, pixel_labels.to(device, non_blocking=True).long(), paths
 

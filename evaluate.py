@@ -25,7 +25,7 @@ from losses import IGNORE, correctly_classified, patch_labels
 from model import first_synonym
 from sources.readers import read_image
 from support import accidents, checkpoint
-from support.files import UserError, reading, replacing, write_json
+from support.files import UserError, reading, write_json
 
 
 def resize(x, size):
@@ -121,13 +121,21 @@ def spoken(name):
 
 
 def check_names(model, names, own_words=False, trained_on=""):
-    """Names that the text encoder reads alike: a UserError if the user chose them, else a note.
-    trained_on: the checkpoint's dataset; the CLIP of a toy world knows only its words."""
-    problem = model.ambiguous(names)
-    if problem and own_words:
-        raise UserError(problem)
-    if problem:
-        accidents.say(f"note: {problem}")
+    """Names that the text encoder reads alike, or only in part, so that one of them can never be
+    predicted: a UserError if the user chose them, else a note. trained_on: the checkpoint's
+    dataset; the CLIP of a toy world knows only its words."""
+    first = {}
+    for name, tokens in zip(names, model.tokenize(names).tolist()):
+        other, problem = first.setdefault(tuple(tokens), name), ""
+        if other != name:
+            problem = (f"the text encoder reads the names {other!r} and {name!r} alike, so one of "
+                       "them can never be predicted")
+        elif len(tokens) == model.text_encoder.context_length and tokens[-1]:
+            problem = f"the name {name[:100]!r} is too long for the text encoder"
+        if problem and own_words:
+            raise UserError(problem)
+        if problem:
+            accidents.say(f"note: {problem}")
     if trained_on.startswith("toy"):
         from sources.toy import NAMES
         words = set(" ".join(NAMES).split())
@@ -192,31 +200,27 @@ def summary(confusion, names, seen=None):
     return result
 
 
-def evaluate(model, dataset, zero_shot=False, rank=0, world=1, labels=None):
+def predict(model, dataset, image, text, zero_shot=False):
+    """`label_map` over the dataset's classes; all names from the last class on are that class."""
+    labels = label_map(model, image, text, sliding=dataset.sliding, zero_shot=zero_shot)
+    return labels.clamp(max=len(dataset.evaluated) - 1)
+
+
+def evaluate(model, dataset, zero_shot=False, rank=0, world=1):
     """Confusion matrix over a dataset, summed over processes, of which each takes every world-th
-    image. labels: a folder for the label maps, or None."""
+    image."""
     text = encode_names(model.eval(), dataset.names)
     K = len(dataset.evaluated)
     total = torch.zeros(K, K, dtype=torch.int64, device=text.device)
     for i in tqdm(range(rank, len(dataset), world), "evaluating", disable=rank > 0, leave=False):
         if accidents.stop_asked:
             raise KeyboardInterrupt
-        image, pixel_labels, path = dataset.load(i)
-        prediction = label_map(model, image, text, sliding=dataset.sliding, zero_shot=zero_shot)
-        prediction = prediction.clamp(max=K - 1)  # of voc-20b all names from the last on
-        if labels:
-            save_labels(labels / f"{Path(path).stem}.png", prediction, K)
+        image, pixel_labels, _ = dataset.load(i)
+        prediction = predict(model, dataset, image, text, zero_shot)
         total += confusion_matrix(prediction, torch.from_numpy(pixel_labels).to(text.device), K)
     if world > 1:
         dist.all_reduce(total)
     return total
-
-
-def save_labels(path, labels, num_classes):
-    """Write labels [H,W] as a png of 8 bits, from 257 classes on of 16."""
-    labels = labels.cpu().numpy().astype(np.min_scalar_type(num_classes - 1))
-    with replacing(path) as file:
-        Image.fromarray(labels).save(file, "png")
 
 
 def patch_view(model, image, pixel_labels):
@@ -234,24 +238,22 @@ def examples(path, model, original, momentum, dataset, unseen=()):
     after training, and the prediction. original: the Segmenter with CLIP as training began;
     momentum: MomentumEncoder, or None for the model's own patches; unseen: names to star."""
     from support import pictures
+    encode = momentum or model.encode_image
     first_text, text = encode_names(original, dataset.names), encode_names(model, dataset.names)
-    encoders = {"CLIP before training": (original.encode_image, first_text)}
-    encoders["momentum encoder" if momentum else "trained encoder"] = (
-        momentum or model.encode_image, text)
     rows, label_maps = [], []
     for i in np.linspace(0, len(dataset) - 1, min(3, len(dataset))).astype(int):
         image, pixel_labels, _ = dataset.load(i)
         view, labels = patch_view(model, image, pixel_labels)
-        rows.append([image, pictures.paint(pixel_labels)])
-        for encode, vocabulary in encoders.values():
-            correct = correctly_classified(encode(view)[0], vocabulary, labels)  # [1,L]
-            rows[-1].append(pictures.highlight(image, correct.reshape(model.grid).cpu().numpy()))
-        prediction = label_map(model, image, text, sliding=dataset.sliding)
-        prediction = prediction.clamp(max=len(dataset.evaluated) - 1).cpu().numpy()
-        rows[-1].append(pictures.paint(prediction))
+        before = correctly_classified(original.encode_image(view)[0], first_text, labels)  # [1,L]
+        after = correctly_classified(encode(view)[0], text, labels)
+        masks = [mask.reshape(model.grid).cpu().numpy() for mask in (before, after)]
+        prediction = predict(model, dataset, image, text).cpu().numpy()
+        rows.append([image, pictures.paint(pixel_labels),
+                     *(pictures.highlight(image, mask) for mask in masks),
+                     pictures.paint(prediction)])
         label_maps += [pixel_labels, prediction]
-    titles = [f"reference patches:\n{name}" for name in encoders]
-    titles = ["picture", "ground truth", *titles, "prediction"]
+    titles = ["picture", "ground truth", "reference patches:\nCLIP before training",
+              f"reference patches:\n{'momentum' if momentum else 'trained'} encoder", "prediction"]
     caption = ("Full colour: patches whose feature is nearest to the name of their label.   "
                "* a name outside the training set.")
     legend = pictures.legend(dataset.evaluated, label_maps, unseen)
@@ -275,18 +277,19 @@ def format_table(rows):
 
 
 def result_path(name, dataset, args):
-    """Where results go, without an ending: what differs from the default is in the name."""
+    """The file of a dataset's results: what differs from the default is in its name."""
     weights = Path(args.checkpoint).resolve()
     kind, _, place = name.partition(":")
     folder = str(Path(place).expanduser().resolve()) if kind == "folder" else ""
     words = [Path(folder).name[:40] or name.replace(":", "-")]
-    for option in (args.split, args.views, args.zero_shot and "zero-shot", weights.stem):
-        if option not in ("val", None, False, "last"):
-            words.append(option)
+    if args.zero_shot:
+        words.append("zero-shot")
+    if weights.stem != "last":
+        words.append(weights.stem)
     digested = [folder, args.classes and dataset.names, args.out and str(weights)]
     if any(digested):
         words.append(hashlib.sha256(json.dumps(digested).encode()).hexdigest()[:8])
-    return Path(args.out or weights.parent / "eval", "-".join(words))
+    return Path(args.out or weights.parent / "eval", "-".join(words) + ".json")
 
 
 def label_pictures(model, trained_on, args):
@@ -316,11 +319,8 @@ def label_pictures(model, trained_on, args):
             wrong.append(str(e))
             continue
         done.add(target)
-        labels = label_map(model, image, text, sliding=args.views != "whole",
-                           zero_shot=args.zero_shot).cpu()
-        if args.save_labels:
-            save_labels(target.with_suffix(".labels.png"), labels, len(names))
-        shares = pictures.labelled(target, [(image, labels.numpy())], names, shares=True)
+        labels = label_map(model, image, text, zero_shot=args.zero_shot).cpu().numpy()
+        shares = pictures.labelled(target, [(image, labels)], names, shares=True)
         tqdm.write(f"{target}: {', '.join(shares)}")
     if wrong:
         raise UserError(f"{len(wrong)} of {len(paths)} files are not labelled: {'; '.join(wrong)}")
@@ -334,15 +334,10 @@ def parse(argv=None):
     add("--datasets", nargs="+", default=["toy"], metavar="NAME",
         help=f"{', '.join(data.NAMES)}; all: {', '.join(data.REPORTED)} (default toy)")
     add("--data-root", help=data.ROOT_HELP)
-    add("--split", choices=("train", "val"), default="val", help="default val")
     add("--image", nargs="+", metavar="PATH", help="label these pictures or folders instead; "
                                                     "needs --classes")
     add("--classes", help="class names, a file or comma-separated; replace a dataset's own")
-    add("--views", choices=("sliding", "whole"),
-        help="CAT-Seg's five views of an image, or one (default sliding; whole for toy worlds)")
     add("--zero-shot", action="store_true", help="the original CLIP, without the head")
-    add("--compile", action="store_true", help="torch.compile: the first image takes minutes")
-    add("--save-labels", action="store_true", help="also write label maps as png files")
     add("--out", help="folder for results (default: eval/ beside the checkpoint; with --image, "
                       "beside the picture)")
     return p.parse_args(argv)
@@ -358,10 +353,6 @@ def main():
         trained_on = str(contents.get("args", {}).get("dataset"))
         seen = [str(name) for name in contents.get("names", ())]
     model = checkpoint.build_from(contents, args.checkpoint).to(device).eval()
-    if args.compile:
-        head = model.head
-        for module in (model.image_encoder, *head.spatial, *head.classes, *head.decoder):
-            module.compile()
     if args.image:
         if rank == 0:
             label_pictures(model, trained_on, args)
@@ -370,33 +361,25 @@ def main():
     names = []
     for name in args.datasets:
         names += data.REPORTED if name == "all" else [name]
-    datasets = [data.open_dataset(n, args.data_root, args.split, args.classes) for n in names]
+    datasets = [data.open_dataset(name, args.data_root, "val", args.classes) for name in names]
     weights = sum(tensor.double().abs().sum().item() for tensor in contents["model"].values())
     told = [dataset.fingerprint[:16] for dataset in datasets]
-    accidents.agree(f"{weights:.12g} {told} {args.views} {args.zero_shot}",
-                    "the weights, the images, their names, --views or --zero-shot")
+    accidents.agree(f"{weights:.12g} {told} {args.zero_shot}",
+                    "the weights, the images, their names or --zero-shot")
     for name, dataset in zip(names, datasets):
         check_names(model, dataset.names, dataset.own_words, trained_on)
         accidents.say(f"{name}: {dataset.description}")
-        path = result_path(name, dataset, args)
-        if args.views:
-            dataset.sliding = args.views == "sliding"
-        labels = path / "labels" if args.save_labels else None
-        confusion = evaluate(model, dataset, args.zero_shot, rank, world, labels)
+        confusion = evaluate(model, dataset, args.zero_shot, rank, world)
         result = dict(
-            dataset=name, split=args.split, images=len(dataset), source=dataset.source,
-            checkpoint=args.checkpoint, step=contents.get("step"), zero_shot=args.zero_shot,
-            views=5 if dataset.sliding else 1, pixels=confusion.sum().item(),
+            dataset=name, images=len(dataset), source=dataset.source, checkpoint=args.checkpoint,
+            step=contents.get("step"), zero_shot=args.zero_shot, pixels=confusion.sum().item(),
             **summary(confusion, dataset.evaluated, seen))
         if rank == 0:
             rows = [("per cent", name)]
             rows += [(key, value) for key, value in result.items() if isinstance(value, float)]
             rows += sorted(result["classes"].items(), key=lambda row: -(row[1] or 0))
-            try:
-                written = write_json(result, Path(f"{path}.json"))
-            finally:  # on a full disk too
-                print(format_table(rows))
-            print(f"written to {written}")
+            print(format_table(rows))
+            print(f"written to {write_json(result, result_path(name, dataset, args))}")
 
 
 if __name__ == "__main__":

@@ -63,14 +63,6 @@ def norm(layer, x):
         return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
 
 
-def recomputed(function, *inputs):
-    """function(*inputs), whose activations are not kept but computed again in the backward pass.
-    torch.compile chooses by itself what to keep."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
 class Attention(nn.Module):
     """nn.MultiheadAttention with in_proj_weight split in three, so that q and v train while k does
     not. (With k's gradient masked instead, weight decay would still change it.)"""
@@ -242,7 +234,11 @@ class SwinBlock(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         y = self.proj(y.transpose(1, 2).flatten(2))  # [B*K*windows,w*w,C]
         x = x + self.from_windows(y, x.shape)
-        return x + recomputed(self.mlp[1:], self.mlp[0](norm(self.norm2, x)))
+        hidden = self.mlp[0](norm(self.norm2, x))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return x + checkpoint(self.mlp[1:], hidden, use_reentrant=False,
+                                  preserve_rng_state=False)  # recompute rather than keep
+        return x + self.mlp[1:](hidden)
 
     def to_windows(self, x):
         """[B,K,H,W,C] -> [B,K,windows,w*w,C], rolled by the shift."""
@@ -373,13 +369,12 @@ class Head(nn.Module):
     """Cosines of patches and texts [B,K,H,W] to logits [B,K,4H,4W].
 
     D: width of the joint embedding; width: of the image encoder; grid: patches a side, an even
-    number; C: channels; prior: initial probability of each class (None: about 0.5); recompute: keep
-    less for the backward pass and compute it again; layers: pairs of aggregations. Another head
-    needs `aggregate` and `decode`, and "norm" in the names of parameters without weight decay."""
+    number; C: channels; prior: initial probability of each class (None: about 0.5); layers: pairs
+    of aggregations. Another head needs `aggregate` and `decode`, and "norm" in the names of
+    parameters without weight decay."""
 
-    def __init__(self, D, width, grid, C=128, prior=None, recompute=False, layers=2):
+    def __init__(self, D, width, grid, C=128, prior=None, layers=2):
         super().__init__()
-        self.recompute = recompute
         self.embed = nn.Conv2d(1, C, 7, padding=3)
         self.image_guidance = nn.Conv2d(D, C, 3, padding=1)
         self.text_guidance = nn.Linear(D, C)
@@ -406,7 +401,7 @@ class Head(nn.Module):
         mask = self.spatial[0].blocks[1].shifted_mask(x)
         for spatial, classes in zip(self.spatial, self.classes):
             x = self.per_class(spatial, x, image, mask)
-            x = recomputed(classes, x, text) if self.recompute else classes(x, text)
+            x = classes(x, text)
         return x
 
     def decode(self, x, middle):
@@ -423,16 +418,16 @@ class Head(nn.Module):
         return self.logit(x).unflatten(0, (B, K)).squeeze(2)
 
     def per_class(self, function, x, *guidance, chunk=64):
-        """function(x, *guidance) for a function that treats each class of x [B,K,...] by itself. It
-        goes through the classes in chunks, to bound memory, unless all activations are kept."""
-        if torch.is_grad_enabled() and not self.recompute:
+        """function(x, *guidance) for a function that treats each class of x [B,K,...] by itself. In
+        evaluation it goes through the classes in chunks, to bound memory."""
+        if torch.is_grad_enabled():
             return function(x, *guidance)
-        parts = x.split(chunk, 1)
-        return torch.cat([recomputed(function, part, *guidance) for part in parts], 1)
+        return torch.cat([function(part, *guidance) for part in x.split(chunk, 1)], 1)
 
 
 class Segmenter(nn.Module):
-    """CLIP's two encoders and the head. config: what `build` needs to make the same again."""
+    """CLIP's two encoders and the head. config: what `build` needs to make the same again. head:
+    further arguments of `Head`."""
 
     def __init__(self, clip, image_size, config, **head):
         super().__init__()
@@ -454,21 +449,6 @@ class Segmenter(nn.Module):
         """K class names -> tokens [K,n] on the model's device; see the function `tokenize`."""
         context = self.text_encoder.context_length
         return tokenize(names, context, prompt).to(self.logit_scale.device)
-
-    def ambiguous(self, names):
-        """A sentence on the first name that the text encoder reads only in part, or as it reads an
-        earlier one, so that one of the two can never be predicted; "" if there is none."""
-        context = self.text_encoder.context_length
-        first = {}
-        for name, tokens in zip(names, self.tokenize(names).tolist()):
-            words = PROMPT.format(first_synonym(name))
-            if len(make_tokenizer().encode(words)) + 2 > context:  # a start and an end token
-                return f"the name {name[:100]!r} is too long: {context} tokens are read of a prompt"
-            if tuple(tokens) in first:
-                return (f"the text encoder reads the names {first[tuple(tokens)]!r} and {name!r} "
-                        "alike, so one of them can never be predicted")
-            first[tuple(tokens)] = name
-        return ""
 
     def encode_image(self, images):
         """images [B,3,S,S] -> patches V [B,L,D], middle features for `Head.decode`."""
@@ -532,15 +512,15 @@ def clip_sizes(clip):
     return sizes
 
 
-def build(clip, image_size=384, channels=128, network=None, **head):
+def build(clip, image_size=384, channels=128, network=None, prior=None):
     """A Segmenter over a CLIP: "tiny", or a ViT of open_clip such as "ViT-B-16-quickgelu".
 
     image_size: side of the training crops. channels: width of the head. network: an
-    open_clip.model.CLIP of this name (default: with random weights). head: further arguments of
-    `Head`. Raises ValueError for another kind of CLIP and for sizes that do not fit."""
+    open_clip.model.CLIP of this name (default: with random weights). prior: see `Head`. Raises
+    ValueError for another kind of CLIP and for sizes that do not fit."""
     sizes = clip_sizes(clip)
     if not 16 <= image_size <= 2048:
         raise ValueError(f"the image size should lie within 16..2048, not {image_size}")
     config = dict(clip=clip, image_size=image_size, channels=channels)
     network = network or open_clip.model.CLIP(**sizes)
-    return Segmenter(network, image_size, config, C=channels, **head)
+    return Segmenter(network, image_size, config, C=channels, prior=prior)

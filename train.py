@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -86,8 +85,6 @@ def parse(argv=None):
     setting("--image-size", number(int, 16, 2048), "side of the training crops")
     add("--precision", choices=("fp32", "bf16", "fp16"), default="bf16" if bf16 else "fp32",
         help="mixed precision (default bf16 on GPUs that have it, else fp32)")
-    add("--recompute-head", action="store_true", help="recompute the head in the backward pass: "
-        "slower, with less memory")
     add("--compile", action="store_true", help="torch.compile; the first step takes minutes")
 
     add = parser.add_argument_group("method").add_argument
@@ -237,8 +234,7 @@ def build_model(args, rank):
     elif not args.init_cat_seg:
         say("warning: --pretrained none: CLIP's first weights are random")
     try:
-        model = build(args.clip, args.image_size, args.channels, network, prior=args.prior,
-                      recompute=args.recompute_head)
+        model = build(args.clip, args.image_size, args.channels, network, args.prior)
     except ValueError as e:
         raise UserError(f"--clip {args.clip} with --image-size {args.image_size}: {e}") from e
     if args.init_cat_seg:
@@ -284,26 +280,19 @@ def refuse_non_finite(figures, grad_norm, scaler, where):
 
 
 @torch.no_grad()
-def reference_statistics(model, momentum, original, tokens, batches):
-    """Reference patches, Eq. (1), over batches and all processes, as two lines of the log: the
-    share that the teacher (without one, the student) finds among the labelled patches; and how far
-    the student's features have drifted, 1 - cos, on the original CLIP's reference patches."""
-    text, original_text = model.encode_text(tokens), original.encode_text(tokens)
-    sums = torch.zeros(4, dtype=torch.float64, device=text.device)
+def reference_share(model, momentum, tokens, batches):
+    """Share of the labelled patches that are reference patches, Eq. (1), over batches and all
+    processes. momentum: MomentumEncoder, or None to count the student's own patches."""
+    text = model.encode_text(tokens)
+    encode = momentum or model.encode_image
+    sums = torch.zeros(2, dtype=torch.float64, device=text.device)
     for images, pixel_labels, _ in batches:
         labels = patch_labels(pixel_labels, model.grid)
-        patches, _ = model.encode_image(images)
-        original_patches, _ = original.encode_image(images)
-        momentum_patches = momentum(images)[0] if momentum else patches
-        found = correctly_classified(momentum_patches, text, labels)
-        reference = correctly_classified(original_patches, original_text, labels)
-        drift = 1 - F.cosine_similarity(patches, original_patches, dim=-1)[reference]
-        sums += torch.stack([found.sum(), (labels != IGNORE).sum(), drift.sum(), reference.sum()])
+        reference = correctly_classified(encode(images)[0], text, labels)
+        sums += torch.stack([reference.sum(), (labels != IGNORE).sum()])
     if dist.is_initialized():
         dist.all_reduce(sums)
-    found, labelled, drift, reference = sums.tolist()
-    return dict(reference_share_teacher=found / max(1, labelled),
-                drift=max(0.0, drift / max(1, reference)))
+    return (sums[0] / sums[1].clamp(min=1)).item()
 
 
 def add_line(log, path, **line):
@@ -339,11 +328,10 @@ def report(out, log, args, model, original, momentum, val_set, seen):
     write_json(dict(args=vars(args), start=log[0], trained=log[-1]), out / "results.json")
     start = [line for line in log if line["step"] == 0]
     scores = ["seen", "unseen", "harmonic"] if "seen" in log[-1] else ["mIoU_ground_truth"]
-    rows = [["per cent", *scores, "reference patches", "drift of CLIP's reference patches"]]
+    rows = [["per cent", *scores, "reference patches"]]
     names = ["CLIP, zero-shot", "after TPA"][:len(start)] + [f"trained (--distill {args.distill})"]
     for name, line in zip(names, [*start, log[-1]]):
-        rows.append([name, *map(line.get, scores), 100 * line["reference_share_teacher"],
-                     100 * line["drift"]])
+        rows.append([name, *map(line.get, scores), 100 * line["reference_share_teacher"]])
     say(evaluate.format_table(rows))
     from support import pictures  # with matplotlib, which takes a while
     pictures.curves(log, out / "curves.png")
@@ -368,16 +356,14 @@ def main(args):
     crops = data.TrainingCrops(train_set, args.image_size, args.seed, args.jitter)
     batches = functools.partial(data.batches, crops, rank=rank, world=world, workers=args.workers,
                                 device=device)
-    size = args.batch_size // world  # images of a step that are this process's
 
     # student, teacher, optimiser
     model = build_model(args, rank).to(device)
     evaluate.check_names(model, val_set.names, val_set.own_words)
     tokens = model.tokenize(train_set.names)
     original = frozen_copy(model)  # CLIP as training begins
-    momentum = None
-    if args.distill != "none":  # TPA leaves the visual encoder as it is: E^M can begin here
-        momentum = MomentumEncoder(model.image_encoder, args.alpha)
+    # TPA leaves the visual encoder as it is, so E^M can begin here
+    momentum = MomentumEncoder(model.image_encoder, args.alpha) if args.distill != "none" else None
     optimiser = build_optimiser(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
@@ -388,14 +374,16 @@ def main(args):
     step = None if args.restart else checkpoint.resume(last, **run)
     add = functools.partial(add_line, log, out / "log.jsonl")
 
-    far = 10 ** 9  # a step that nobody reaches: no run trains on its crops
-    sample = list(batches(size, far, far + max(1, 32 // args.batch_size)))  # about 32 crops
-    measure = functools.partial(reference_statistics, model, momentum, original, tokens, sample)
+    far = 10 ** 9  # a step that nobody reaches, so that these 32 crops are not trained on
+    sample = list(batches(args.batch_size, far, far + max(1, 32 // args.batch_size)))
+
+    share = functools.partial(reference_share, model, momentum, tokens, sample)
 
     def evaluation(zero_shot=False):
         """Scores on the validation images, in per cent, and reference patches of the sample."""
         confusion = evaluate.evaluate(model, val_set, zero_shot, rank, world)
-        return evaluate.summary(confusion, val_set.evaluated, train_set.names) | measure()
+        scores = evaluate.summary(confusion, val_set.evaluated, train_set.names)
+        return dict(scores, reference_share_teacher=share())
 
     # text-to-patch pre-alignment
     if step is None:
@@ -403,11 +391,11 @@ def main(args):
         data.first_look(crops, model.grid)
         add(step=0, **evaluation(zero_shot=True))
         if args.tpa_steps:
-            warm_up = tqdm(batches(size, 0, args.tpa_steps), "TPA", args.tpa_steps,
+            warm_up = tqdm(batches(args.batch_size, 0, args.tpa_steps), "TPA", args.tpa_steps,
                            disable=rank > 0, leave=False)
             loss = pre_align(model, tokens, warm_up, args.tpa_steps, args.tpa_lr)
             refuse_non_finite({"tpa_loss": torch.tensor(loss)}, 0.0, scaler, "the end of TPA")
-            add(step=0, tpa_loss=loss, **measure())
+            add(step=0, tpa_loss=loss, reference_share_teacher=share())
         checkpoint.save(last, step=0, **run)
 
     # joint training
@@ -417,13 +405,12 @@ def main(args):
         network = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     if args.compile:
         model.compile()
-    trained = [p for p in model.parameters() if p.requires_grad]
     parts = args.accumulate  # micro-batches of a step
-    micro_batches = batches(size // parts, step * parts, args.steps * parts)
+    micro_batches = batches(args.batch_size // parts, step * parts, args.steps * parts)
     bar = tqdm(range(step + 1, args.steps + 1), "training", args.steps, initial=step,
                disable=rank > 0)
-    evaluated = [line["step"] for line in log if "drift" in line]
-    accidents.defer_signals()
+    evaluated = [line["step"] for line in log if "mIoU_union" in line]
+    accidents.answer_signals(accidents.ask_to_stop)
     for step in bar:
         if due(args.eval_every, step - 1) and step - 1 not in evaluated:
             add(step=step - 1, **evaluation())
@@ -445,7 +432,7 @@ def main(args):
             checkpoint.save(last, step=step - 1, **run)
             raise
         scaler.unscale_(optimiser)
-        grad_norm = nn.utils.clip_grad_norm_(trained, args.clip_grad).item()
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad).item()
         refuse_non_finite(figures, grad_norm, scaler, f"step {step}; images {', '.join(paths)}")
         scaler.step(optimiser)  # under fp16 not if a gradient is not finite
         scaler.update()
@@ -457,8 +444,7 @@ def main(args):
             add(**step_line(step, figures, optimiser, parts, grad_norm, time.time() - begin))
             bar.set_postfix(loss=log[-1]["total_loss"], reference=log[-1]["reference_share"])
         stop = accidents.anyone_asked_to_stop()
-        evaluates = due(args.eval_every, step) or step == args.steps
-        if stop or evaluates or due(args.save_every, step):
+        if stop or step == args.steps or due(args.eval_every, step) or due(args.save_every, step):
             checkpoint.save(last, step=step, **run)
         if due(args.snapshot_every, step):
             checkpoint.save(out / f"step-{step:06d}.pt", step=step, **run)

@@ -86,7 +86,7 @@ BENCHMARKS = {
 }
 
 
-def open_benchmark(name, root, split, names):
+def open_benchmark(name, root, split):
     """The benchmark of this name, from the first of its layouts that is there."""
     layouts, expected = BENCHMARKS[name]
     if split not in expected:
@@ -96,6 +96,8 @@ def open_benchmark(name, root, split, names):
     if not any(there):
         raise UserError(f"--dataset {name}: nothing is in {', '.join(map(str, places))} "
                         f"(--data-root is {root}; docs/data.md says what to download)")
+    lines = (CLASSES / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    names = [line.split("\t")[-1] for line in lines]
     dataset = Files(root, split, names, layouts[there.index(True)])
     if expected[split] and len(dataset) not in expected[split]:
         dataset.source += f" (warning: a complete download has {expected[split][0]} images)"

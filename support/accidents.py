@@ -1,6 +1,7 @@
 """Processes, signals, errors and the lock of a run's folder: what stands around a main function."""
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from support.files import UserError
 TIMEOUT = timedelta(minutes=30)  # how long a process waits for the others
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1")
            if hasattr(signal, name)]  # Ctrl-C; schedulers; SLURM's --signal=USR1@90
-stop_asked = False  # a signal came while `defer_signals` held
+stop_asked = False  # by a signal during training
 
 
 @contextlib.contextmanager
@@ -61,14 +62,9 @@ class Stream:
             self.stream.reconfigure(errors="backslashreplace")
 
     def write(self, text):
-        return self.guard(self.stream.write, text)
-
-    def flush(self):
-        self.guard(self.stream.flush)
-
-    def guard(self, function, *arguments):
         try:
-            return function(*arguments)
+            self.stream.write(text)
+            self.stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
@@ -83,13 +79,10 @@ def answer_signals(handler):
             signal.signal(number, handler)
 
 
-def defer_signals():
-    """From now on a signal only sets `stop_asked`: the loop finishes its step and saves."""
-    def ask(number, frame):
-        global stop_asked
-        stop_asked = True
-
-    answer_signals(ask)
+def ask_to_stop(number, frame):
+    """Answers a signal during training: the loop finishes its step, saves and ends."""
+    global stop_asked
+    stop_asked = True
 
 
 def anyone_asked_to_stop():
@@ -100,9 +93,9 @@ def anyone_asked_to_stop():
     return bool(answer)
 
 
-def loader_process(worker_id):
-    """Ctrl-C and torchrun's signals go to a whole process group. They are for the training process,
-    which ends its loaders itself, so a loader process leaves the group."""
+def leave_group(worker_id):
+    """Ctrl-C and torchrun's signals go to a whole process group. A loader process leaves it: the
+    training process answers them, and ends its loaders itself."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 
@@ -168,13 +161,12 @@ def lock_folder(out):
         import fcntl  # not on Windows
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except (ImportError, OSError) as e:
-        raise UserError(f"--out {out} can't be written to, or locked ({e})") from e
-    try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loaders inherit
-    except (BlockingIOError, PermissionError):
+    except BlockingIOError:
         raise UserError(f"--out {out} is in use by another run: use another, or wait") from None
-    except OSError as e:
+    except (ImportError, OSError) as e:
+        if getattr(e, "errno", None) not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise UserError(f"--out {out} can't be written to, or locked ({e})") from e
         say(f"note: {out} is on a file system without locks ({e}): start no second run in it")
     for leftover in out.glob(".*.????????.partial"):  # `replacing` was killed
         leftover.unlink()

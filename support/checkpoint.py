@@ -13,13 +13,8 @@ from model import build, clip_sizes
 from support import accidents
 from support.files import UserError, reading, replacing
 
-FIXED = {"names": "class names", "data": "images whose names have the digest", "clip": "--clip",
-         "image_size": "--image-size", "adapt": "--adapt", "distill": "--distill",
-         "batch_size": "--batch-size", "seed": "--seed", "init_cat_seg": "--init-cat-seg",
-         "pretrained": "--pretrained"}  # what a resumed run has to share
-FREE = {"dataset", "data_root", "unseen", "workers", "out", "restart", "steps", "log_every",
-        "eval_every", "save_every", "snapshot_every", "accumulate", "precision", "compile",
-        "recompute_head"}  # what a finished run may be asked for with
+FREE = ("--dataset --data-root --unseen --workers --out --restart --steps --accumulate --compile "
+        "--log-every --eval-every --save-every --snapshot-every").split()  # to change on resuming
 CAT_SEG = {  # by the shape of the patch embedding's kernel, the CLIP of its published checkpoints
     (768, 3, 16, 16): "ViT-B-16-quickgelu", (1024, 3, 14, 14): "ViT-L-14-336-quickgelu"}
 CAT_SEG_NAMES = {  # what in the names of its tensors becomes what, in this order
@@ -166,11 +161,16 @@ def save(path, step, model, original, **run):
                         **states), file)
 
 
+def identity(args, names, data):
+    """What a run is told apart by, under the names that a user knows."""
+    flags = {f"--{name.replace('_', '-')}": value for name, value in args.items()}
+    return {**flags, "class names": names, "images whose names have the digest": data}
+
+
 def resume(path, model, original, momentum, optimiser, scaler, log, args, names, data):
     """Fill the objects with what `save` has written of them. Returns the step, or None where there
-    is no checkpoint; all processes agree on it. Learning rates and the like are from now on as
-    args says. Raises UserError when the checkpoint is of other classes, images or FIXED flags, or
-    nothing is left to train and other flags have changed."""
+    is no checkpoint; all processes agree on it. Raises UserError when the checkpoint is of other
+    classes (names), images (data: a digest of their files' names) or flags than FREE ones."""
     step = None
     if path.is_file():
         state = read(path)
@@ -179,31 +179,21 @@ def resume(path, model, original, momentum, optimiser, scaler, log, args, names,
             if type(step) is not int or not 0 <= step <= args["steps"]:
                 raise UserError(f"{path} is at step {step} of --steps {args['steps']}: use another "
                                 "--out, or --restart")
-            then, now = {**state["args"], **state}, {**args, "names": names, "data": data}
-            for name, title in FIXED.items():
-                if then[name] != now[name]:
-                    raise UserError(f"{path} was trained with {title} {str(then[name])[:200]}, not "
-                                    f"{str(now[name])[:200]}: use another --out, or --restart")
-            changed = [f"--{name.replace('_', '-')} {value}" for name, value
-                       in state["args"].items() if name not in FREE and args.get(name) != value]
-            if changed and step == args["steps"]:
-                raise UserError(f"{path} is of a run that has finished, with {', '.join(changed)}: "
-                                "use another --out for other flags")
+            before = identity(state["args"], state["names"], state["data"])
+            for name, value in identity(args, names, data).items():
+                if name not in FREE and before.get(name) != value:
+                    raise UserError(f"{path} was trained with {name} {str(before.get(name))[:200]},"
+                                    f" not {str(value)[:200]}: use another --out, or --restart")
             model.load_state_dict(state["model"])
             original.load_state_dict({**state["model"], **state["original"]})
             if momentum:
                 momentum.load_state_dict(state["momentum"])
-            groups = optimiser.state_dict()["param_groups"]
-            moments = state["optimiser"]["state"]
-            optimiser.load_state_dict({"state": moments, "param_groups": groups})
+            optimiser.load_state_dict(state["optimiser"])
             for parameter, averages in optimiser.state.items():
                 if averages["exp_avg"].shape != parameter.shape:
                     raise ValueError("the optimiser's state has other shapes")
-            if state["scaler"]:
-                scaler.load_state_dict(state["scaler"])
+            scaler.load_state_dict(state["scaler"])
             log[:] = state["log"]
-            so_far = f", so far with {', '.join(changed)}" if changed else ""
-            dataset = state["args"]["dataset"]
-            accidents.say(f"resuming {path} of {dataset} after step {step}{so_far}")
+            accidents.say(f"resuming {path} of {state['args']['dataset']} after step {step}")
     accidents.agree(step, f"the steps of {path} (--out should be one folder for all nodes)")
     return step

@@ -30,10 +30,10 @@ from sources.benchmarks import CLASSES  # noqa: E402
 from support import accidents  # noqa: E402
 
 
-def setup(device, K, recompute=False):
+def setup(device, K):
     """A model, its momentum encoder, an image, its pixel labels and the tokens of K names."""
     with torch.device(device):
-        model = build("ViT-B-16-quickgelu", recompute=recompute).train()
+        model = build("ViT-B-16-quickgelu").train()
     lines = (CLASSES / "coco-stuff.txt").read_text().splitlines()
     tokens = model.tokenize([lines[i % len(lines)] for i in range(K)])
     g = torch.Generator().manual_seed(0)
@@ -76,7 +76,7 @@ def step(model, momentum, images, pixel_labels, tokens, meter):
         momentum.update()
 
 
-def count_flops(K, recompute=False):
+def count_flops(K):
     """{part: FLOPs} of a training step, on meta tensors. Those of "momentum" and of SPD and CPA in
     "losses" are what RPMD adds to CAT-Seg."""
     flops = {}
@@ -87,14 +87,14 @@ def count_flops(K, recompute=False):
             yield
         flops[part] = flops.get(part, 0) + counter.get_total_flops()
 
-    step(*setup("meta", K, recompute), meter)
+    step(*setup("meta", K), meter)
     return flops
 
 
-def measure(K, recompute=False):
+def measure(K):
     """Seconds of a step, the third, and the peak of resident memory in GB."""
     accidents.start_processes()  # memory is kept as in a run
-    inputs = setup("cpu", K, recompute)
+    inputs = setup("cpu", K)
     for _ in range(3):
         inputs[0].zero_grad()
         begin = time.perf_counter()
@@ -111,15 +111,14 @@ def main():
     add("--classes", type=int, nargs="+", default=[20, 171, 847])
     add("--json", action="store_true", help="print one JSON object and nothing else")
     add("--flops", action="store_true", help="count, but don't measure")
-    add("--recompute-head", action="store_true", help="with train.py's flag of this name")
     args = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU is measured
     results = {}
     for K in args.classes:
-        results[str(K)] = result = {"flops": count_flops(K, args.recompute_head)}
+        results[str(K)] = result = {"flops": count_flops(K)}
         if not args.flops:
             with multiprocessing.get_context("spawn").Pool(1) as alone:
-                result |= alone.apply(measure, (K, args.recompute_head))
+                result |= alone.apply(measure, (K,))
         if not args.json:
             print(f"K = {K}: {sum(result['flops'].values()) / 1e12:.3f} TFLOP")
             for part, n in result["flops"].items():

@@ -58,7 +58,6 @@ MUTATIONS = {  # (file, tests that should fail): (name, what stands there, what 
         ("no mask for shifted windows", "mask = -100.0 * (region", "mask = 0.0 * (region"),
         ("up's bias forgotten", "[bias, guidance], 1)", "[bias * 0, guidance], 1)"),
         ("the least likely 256 classes", "topk(MAX_CLASSES", "topk(MAX_CLASSES, largest=False"),
-        ("a head that recomputes nothing", "self.recompute = recompute", "self.recompute = 0"),
         ("k trains", ', "v_proj_weight"))', ', "k_proj_weight"))')],
     ("train.py", "train"): [
         ("reference patches of the student", "reference = correctly_classified(momentum_",
@@ -77,7 +76,7 @@ MUTATIONS = {  # (file, tests that should fail): (name, what stands there, what 
     ("train.py", "accidents"): [
         ("resume repeats a batch", "parts, step * parts,", "parts, max(0, step - 1) * parts,")],
     ("support/checkpoint.py", "accidents"): [
-        ("a resumed optimiser that begins anew", "optimiser.load_state_dict({", "dict({"),
+        ("a resumed optimiser that begins anew", "optimiser.load_state_dict(", "dict("),
         ("a resumed momentum encoder that begins anew",
          'momentum.load_state_dict(state["momentum"])', "pass")],
     ("support/checkpoint.py", "train"): [
@@ -88,7 +87,7 @@ MUTATIONS = {  # (file, tests that should fail): (name, what stands there, what 
         ("mIoU over all classes", "iou[labelled].mean", "iou.mean"),
         ("an image counted by every process", "(rank, len(dataset), world)", "(len(dataset))")],
     ("data.py", "data"): [
-        ("processes that see the same crops", "(start * world + rank) *", "start * world *"),
+        ("processes that see the same crops", "+ rank * b,", ","),
         ("the same augmentation for every draw", "(self.seed, 1, draw)", "(self.seed, 1)"),
         ("labels not flipped with the image", "pixel_labels = pixel_labels[:, ::-1]", "pass")]}
 

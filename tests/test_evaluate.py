@@ -164,7 +164,7 @@ def test_every_image_is_counted_once_in_two_processes(tiny, folder, monkeypatch)
         evaluate.evaluate(tiny, dataset)
 
 
-def test_processes_agree_on_weights_images_and_flags(tiny, folder, tmp_path, command, monkeypatch):
+def test_processes_agree_on_weights_images_and_names(tiny, folder, tmp_path, command, monkeypatch):
     told = []
 
     def agree(value, what):
@@ -174,13 +174,13 @@ def test_processes_agree_on_weights_images_and_flags(tiny, folder, tmp_path, com
     monkeypatch.setattr(accidents, "agree", agree)
     options = ("--checkpoint", save(tiny, tmp_path / "c.pt", original={}), "--datasets",
                f"folder:{folder}")
-    for flags in ("", "", "--zero-shot", "--views=whole", "--classes=a,b,c"):
+    for flags in ("", "", "--zero-shot", "--classes=a,b,c"):
         command(*options, *flags.split())
     tiny.head.logit.bias.data += 1e-3
     save(tiny, tmp_path / "c.pt")
     assert "there is no 'original' in it" in command(*options, "--zero-shot")[1]
     command(*options)
-    assert told[0] == told[1] and len(set(told)) == 5
+    assert told[0] == told[1] and len(set(told)) == 4
 
 
 def test_background_stands_for_all_names_from_the_last_label_on(tiny, monkeypatch):
@@ -197,7 +197,6 @@ def test_zero_shot_is_the_clip_that_training_began_with(tiny, folder, tmp_path, 
     """Also of a checkpoint of the version before, which held more."""
     dataset = data.open_dataset(f"folder:{folder}")
     original = {n: p.clone() for n, p in tiny.state_dict().items() if "text_encoder" in n}
-    dataset.sliding = False
     before = evaluate.evaluate(tiny, dataset, zero_shot=True)
     for parameter in tiny.text_encoder.parameters():
         parameter.data += torch.randn_like(parameter)
@@ -205,52 +204,37 @@ def test_zero_shot_is_the_clip_that_training_began_with(tiny, folder, tmp_path, 
     older = dict(momentum={"alpha": 0.9, "tensors": original}, facts={"zero_shot": {}}, scaler={},
                  optimiser={"state": {}}, names=["red thing"], args={"dataset": "folder:x"})
     last = save(tiny, tmp_path / "last.pt", original=original, **older)
-    command("--checkpoint", last, "--views=whole",
-            "--datasets", f"folder:{folder}", "--zero-shot")
+    command("--checkpoint", last, "--datasets", f"folder:{folder}", "--zero-shot")
     (file,) = tmp_path.glob("eval/*.json")
     expected = evaluate.summary(before, dataset.names)["classes"]
     assert json.loads(file.read_text())["classes"] == expected
 
 
-def test_results_and_label_maps_are_written_before_anything_is_printed(
-        tiny, folder, tmp_path, command, monkeypatch):
-    def nobody_reads_this(rows):
-        raise UserError(plain(rows))
-
-    plain = evaluate.format_table
-    monkeypatch.setattr(evaluate, "format_table", nobody_reads_this)
-    status, said = command("--checkpoint", save(tiny, tmp_path / "last.pt"), "--save-labels",
-                           "--datasets", f"folder:{folder}")
-    assert status == 1 and said.count(" thing ") == 3 and "mIoU_ground_truth" in said
+def test_scores_are_printed_and_written(tiny, folder, tmp_path, command):
+    options = ("--checkpoint", save(tiny, tmp_path / "last.pt"), "--datasets", f"folder:{folder}")
+    status, said = command(*options)
+    assert status == 0 and said.count(" thing ") == 3 and "| mIoU_ground_truth" in said
     (file,) = tmp_path.glob("eval/*.json")
-    dataset = data.open_dataset(f"folder:{folder}")
-    for i in range(3):
-        written = Image.open(file.with_suffix("") / f"labels/{i}.png")
-        expected = evaluate.segment(tiny, dataset.load(i)[0], dataset.names)
-        assert np.array_equal(np.asarray(written), expected)
+    assert f"written to {file}" in said and json.loads(file.read_text())["images"] == 3
     (tmp_path / "file").touch()
-    monkeypatch.setattr(evaluate, "format_table", plain)
-    status, said = command("--checkpoint", tmp_path / "last.pt", "--views=whole", "--out",
-                           tmp_path / "file", "--datasets", f"folder:{folder}")
+    status, said = command(*options, "--out", tmp_path / "file")
     assert status == 1 and "can't be written" in said and "| mIoU_ground_truth" in said
-    evaluate.save_labels(tmp_path / "many.png", torch.full((3, 4), 299), 300)
-    assert (np.asarray(Image.open(tmp_path / "many.png")) == 299).all()
-    assert plain([["class", "IoU"], ["a|é", 12.345], ["b", None]]).splitlines()[2:] == [
-        r"| a\|é  | 12.3 |", r"| b     |    - |"]
+    table = evaluate.format_table([["class", "IoU"], ["a|é", 12.345], ["b", None]])
+    assert table.splitlines()[2:] == [r"| a\|é  | 12.3 |", r"| b     |    - |"]
 
 
 def test_nothing_is_overwritten_by_something_else(tmp_path):
     """What differs from eval/DATASET beside the checkpoint is in the name, which stays short."""
     def path(name="toy", words="abc", **flags):
-        default = dict(checkpoint=tmp_path / "last.pt", split="val", views=None, zero_shot=False,
-                       classes=None, out=None)
+        default = dict(checkpoint=tmp_path / "last.pt", zero_shot=False, classes=None,
+                       out=None)
         args = types.SimpleNamespace(**{**default, **flags})
         return evaluate.result_path(name, types.SimpleNamespace(names=list(words)), args)
 
-    assert path() == tmp_path / "eval" / "toy" and path("toy:3").name == "toy-3"
+    assert path() == tmp_path / "eval" / "toy.json" and path("toy:3").name == "toy-3.json"
     one, other = tmp_path / "last.pt", tmp_path / "x" / "last.pt"
-    kinds = [{}, dict(split="train"), dict(views="whole"), dict(zero_shot=True), dict(classes="f"),
-             dict(classes="f", words="acb"), dict(checkpoint=tmp_path / "b.pt"), dict(name="pc-59"),
+    kinds = [{}, dict(zero_shot=True), dict(classes="f"), dict(classes="f", words="acb"),
+             dict(checkpoint=tmp_path / "b.pt"), dict(name="pc-59"),
              dict(name=f"folder:{'long/' * 50}"), dict(name=f"folder:x/{'long/' * 50}"),
              dict(checkpoint=one, out="o"), dict(checkpoint=other, out="o")]
     names = {str(path(**kind)) for kind in kinds}
@@ -273,8 +257,7 @@ def test_pictures_of_ones_own(tiny, tmp_path, command, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"no picture")
     status, said = command(
         "--checkpoint", save(tiny, tmp_path / "c.pt"), "--classes", "cat, wooden floor",
-        "--image", tmp_path / "a.png", own, tmp_path / "a.jpg", "--out", own, "--save-labels",
-        "--views=whole")
+        "--image", tmp_path / "a.png", own, tmp_path / "a.jpg", "--out", own)
     assert status == 1 and said.count("can't be read as an image") == 3
     assert "broken.jpg can't" in said and "a.HEIC can't" in said
     assert f"{tmp_path / 'a.jpg'} would overwrite {own / 'a.jpg'}.rpmd.png" in said
@@ -283,19 +266,20 @@ def test_pictures_of_ones_own(tiny, tmp_path, command, monkeypatch):
     (tmp_path / "empty").mkdir()
     assert "there is no picture" in command("--checkpoint", tmp_path / "c.pt", "--classes=cat",
                                             "--image", tmp_path / "empty")[1]
-    expected = evaluate.segment(tiny, own / "a.jpg", ["cat", "wooden floor"], sliding=False)
-    assert np.array_equal(np.asarray(Image.open(own / "a.jpg.rpmd.labels.png")), expected)
 
 
 def test_doubtful_names_are_told(tiny, folder, tmp_path, command, capsys, monkeypatch):
     """Refused where they are the user's own, a note for a published list, a warning where a toy
     world's CLIP never saw the words."""
     options = ("--checkpoint", save(tiny, tmp_path / "c.pt", args={"dataset": "toy:3"}),
-               "--datasets", f"folder:{folder}", "--views=whole")
+               "--datasets", f"folder:{folder}")
     status, said = command(*options, "--classes", "Sky, sky, tree")
     assert status == 1 and "'Sky'" in said and "'sky'" in said
     evaluate.check_names(tiny, ["Sky", "sky"])
     assert capsys.readouterr().out.startswith("note: ")
+    for names in (["dog", "cat", "Cat, puss"], ["dog", "cat " * 12]):
+        with pytest.raises(UserError, match="'cat' and 'Cat, puss' alike|too long for the text"):
+            evaluate.check_names(tiny, names, own_words=True)
     said = command(*options)[1]
     assert "warning: " in said and "'red thing'" in said
     monkeypatch.setattr("sources.toy.SPLIT_SIZES", {"train": 1, "val": 1})

@@ -90,24 +90,6 @@ def test_training_on_more_than_256_classes_reaches_every_parameter(small):
     assert [n for n, p in small.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-def test_recomputing_the_head_changes_nothing_and_keeps_less(small):
-    other = Segmenter(open_clip.model.CLIP(**SMALL), 48, {}, C=32, recompute=True)
-    other.load_state_dict(small.state_dict())
-    images, pixel_labels = torch.randn(2, 3, 48, 48), torch.randint(-1, 5, (2, 48, 48))
-    kept, gradients = [], []
-    for model in (small, other):
-        sizes = []
-        keep = torch.autograd.graph.saved_tensors_hooks(
-            lambda t: sizes.append(t.numel()) or t, lambda t: t)  # noqa: B023
-        with keep:
-            logits, _, _ = model(images, model.tokenize(NAMES))
-        losses.segmentation_loss(logits, pixel_labels).backward()
-        kept.append(sum(sizes))
-        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    assert kept[1] < 0.7 * kept[0]
-    torch.testing.assert_close(*gradients)
-
-
 def test_up_and_conv1_equals_the_two_convolutions():
     torch.manual_seed(0)
     block = Upsample(8, 6, c_guidance=2).double()
@@ -131,10 +113,6 @@ def test_text_features_are_open_clips():
 def test_names_are_read_by_their_first_synonym(tiny):
     assert torch.equal(tokenize(["cat, puss", "dog"]), tokenize([" cat ", "dog,cat"]))
     assert tiny.tokenize(["cat"], prompt="{}").tolist() == [[49406, 2368, 49407]]
-    assert tiny.ambiguous(["cat", "dog", "hot dog"]) == ""
-    assert "'cat' and 'Cat, puss' alike" in tiny.ambiguous(["dog", "cat", "Cat, puss"])
-    assert "too long: 20 tokens" in tiny.ambiguous(["dog", "cat " * 12])
-    assert tiny.ambiguous(["cat " * 11]) == ""  # 9 of the prompt and its ends
 
 
 def test_a_clip_that_pools_by_averaging_keeps_each_positions_residual(tiny, small):

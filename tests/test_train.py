@@ -32,8 +32,8 @@ FILES = {"last.pt", "log.jsonl", "results.json", "curves.png", "examples.png", "
 def go(training, monkeypatch):
     """Train in this process, looking at few reference patches: go(name, *flags) -> (the
     checkpoint, the lines of the log that tell of steps)."""
-    statistics = train.reference_statistics
-    monkeypatch.setattr(train, "reference_statistics", lambda *arguments: statistics(
+    share = train.reference_share
+    monkeypatch.setattr(train, "reference_share", lambda *arguments: share(
         *arguments[:-1], itertools.islice(arguments[-1], 1)))
     monkeypatch.setattr("evaluate.examples", lambda *everything: None)
 
@@ -128,7 +128,7 @@ def test_a_run_its_log_and_what_comes_after(go, tmp_path):
     assert steps[-1]["segmentation_loss"] < steps[0]["segmentation_loss"]
     first, aligned, *_, last = log = read_log(out)
     assert first["step"] == aligned["step"] == 0 and aligned["tpa_loss"] > 0
-    assert first["drift"] < 1e-6 < last["drift"] and 0 <= first["mIoU_union"] <= 100
+    assert 0 <= first["reference_share_teacher"] <= 1 and 0 <= first["mIoU_union"] <= 100
     text = (out / "results.json").read_text()
     assert (json.loads(text)["start"], json.loads(text)["trained"]) == (first, last)
     momentum = a["momentum"][VALUES.removeprefix("image_encoder.")]
@@ -136,9 +136,6 @@ def test_a_run_its_log_and_what_comes_after(go, tmp_path):
     b, _ = go("a")
     torch.testing.assert_close(b["model"], a["model"], rtol=0, atol=0)
     assert read_log(out) == log and (out / "results.json").read_text() == text
-    with pytest.raises(UserError, match="last.pt is of a run that has finished, with --tau 0.1: "):
-        go("a", "--tau=0.5")
-    go("a", "--save-every=1", "--precision=bf16")
     c, steps = go("a", "--restart", "--steps=1")
     assert c["step"] == 1 and [line["step"] for line in steps] == [1]
 
@@ -232,7 +229,7 @@ def test_accumulation_equals_the_whole_batch(go):
             assert y[name] == pytest.approx(x[name], rel=1e-3)
 
 
-def test_compiled_steps_that_recompute_equal_plain_ones(go, monkeypatch):
+def test_compiled_steps_equal_plain_ones(go, monkeypatch):
     """Also with micro-batches. The model is traced as one graph, which runs as it is: generating
     C++ is slow (gpu.py does)."""
     compiled, module_compile = [], torch.nn.Module.compile
@@ -246,7 +243,7 @@ def test_compiled_steps_that_recompute_equal_plain_ones(go, monkeypatch):
                                            text_cfg=TEXT | {"vocab_size": 49408}))
     flags = ("--accumulate=2", "--tpa-steps=0", "--steps=1")
     a, _ = go("a", *flags)
-    b, _ = go("b", *flags, "--recompute-head", "--compile")
+    b, _ = go("b", *flags, "--compile")
     assert len(compiled) == 1 and a["model"].keys() == b["model"].keys()
     assert_near(a, b)
 
@@ -317,22 +314,19 @@ def test_the_command_as_it_stands(command):
 
 
 def test_what_a_resumed_run_may_change(go, folder, tmp_path, capsys):
-    """It keeps the CLIP it began with, and its data may have moved. What changed is told."""
+    """Its data may have moved, and it may go on for longer; it keeps the CLIP it began with."""
     a, _ = go("a")
-    for flag in ("seed", "steps"):
-        with pytest.raises(UserError, match=f"last.pt .*--{flag} .*: use another --out"):
-            go("a", f"--{flag}=1")
+    with pytest.raises(UserError, match="last.pt is at step 2 of --steps 1: use another --out"):
+        go("a", "--steps=1")
+    with pytest.raises(UserError, match="last.pt was trained with --tau 0.1, not 0.5: use another"):
+        go("a", "--tau=0.5")
     moved = folder.rename(tmp_path / "moved")
-    b, _ = go("a", f"--dataset=folder:{moved}", "--lr=1e-3", "--tau=0.5", "--steps=3",
-              "--clip-lr-factor=0.03")
-    assert b["step"] == 3 and b["args"]["tau"] == 0.5
-    assert "after step 2, so far with --tau 0.1, --lr 0.0025, " in capsys.readouterr().out
-    rates = [group["base_lr"] for group in b["optimiser"]["param_groups"]]
-    assert rates == pytest.approx([1e-3, 1e-3, 3e-5])
+    b, _ = go("a", f"--dataset=folder:{moved}", "--steps=3", "--save-every=1")
+    assert b["step"] == 3 and "after step 2" in capsys.readouterr().out
     torch.testing.assert_close(a["original"], b["original"], rtol=0, atol=0)
     for path in (moved / "masks/train/4.png", moved / "images/train/4.jpg"):
         path.rename(path.with_stem("7"))
-    with pytest.raises(UserError, match="last.pt was trained with .*images"):
+    with pytest.raises(UserError, match="last.pt was trained with images"):
         go("a", f"--dataset=folder:{moved}", "--steps=4")
     (moved / "classes.txt").write_text("red thing\ngreen thing\npink thing")
     with pytest.raises(UserError, match="last.pt was trained with .*blue thing.*, not .*pink"):

@@ -176,16 +176,16 @@ def mean_iou(confusion, classes=slice(None)):
 
 
 def summary(confusion, names, seen=None):
-    """A confusion matrix as plain numbers in per cent: both mIoU, pixel accuracy, IoU per class. If
-    `seen` (names that segmentation training showed) holds some of the names and not all, also mIoU
-    of seen and unseen ones and their harmonic mean. Names are compared as the tokenizer reads them.
-    """
+    """A confusion matrix as plain numbers, in per cent but for the number of pixels: both mIoU,
+    pixel accuracy, IoU per class. If `seen` (names that segmentation training showed) holds some of
+    the names and not all, also mIoU of seen and unseen ones and their harmonic mean. Names are
+    compared as the tokenizer reads them."""
     def percent(x):
         return None if np.isnan(x) else 100 * x  # JSON has no NaN
 
     result = {f"mIoU_{name}": percent(value) for name, value in mean_iou(confusion).items()}
-    right = confusion.diagonal().sum().item()
-    result["pixel_accuracy"] = 100 * right / max(1, confusion.sum().item())
+    result["pixels"] = confusion.sum().item()
+    result["pixel_accuracy"] = 100 * confusion.diagonal().sum().item() / max(1, result["pixels"])
     seen = set(map(spoken, seen or ()))
     shown = [i for i, name in enumerate(names) if spoken(name) in seen]
     others = [i for i, name in enumerate(names) if spoken(name) not in seen]
@@ -206,9 +206,8 @@ def predict(model, dataset, image, text, zero_shot=False):
     return labels.clamp(max=len(dataset.evaluated) - 1)
 
 
-def evaluate(model, dataset, zero_shot=False, rank=0, world=1):
-    """Confusion matrix over a dataset, summed over processes, of which each takes every world-th
-    image."""
+def evaluate(model, dataset, seen=None, zero_shot=False, rank=0, world=1):
+    """`summary` of a dataset. Each of the processes (world) takes every world-th image."""
     text = encode_names(model.eval(), dataset.names)
     K = len(dataset.evaluated)
     total = torch.zeros(K, K, dtype=torch.int64, device=text.device)
@@ -220,7 +219,7 @@ def evaluate(model, dataset, zero_shot=False, rank=0, world=1):
         total += confusion_matrix(prediction, torch.from_numpy(pixel_labels).to(text.device), K)
     if world > 1:
         dist.all_reduce(total)
-    return total
+    return summary(total, dataset.evaluated, seen)
 
 
 def patch_view(model, image, pixel_labels):
@@ -364,16 +363,15 @@ def main():
     datasets = [data.open_dataset(name, args.data_root, "val", args.classes) for name in names]
     weights = sum(tensor.double().abs().sum().item() for tensor in contents["model"].values())
     told = [dataset.fingerprint[:16] for dataset in datasets]
-    accidents.agree(f"{weights:.12g} {told} {args.zero_shot}",
-                    "the weights, the images, their names or --zero-shot")
+    accidents.agree({"sum of the weights": weights, "digest of images and names": told,
+                     "--zero-shot": args.zero_shot})
     for name, dataset in zip(names, datasets):
         check_names(model, dataset.names, dataset.own_words, trained_on)
         accidents.say(f"{name}: {dataset.description}")
-        confusion = evaluate(model, dataset, args.zero_shot, rank, world)
         result = dict(
             dataset=name, images=len(dataset), source=dataset.source, checkpoint=args.checkpoint,
-            step=contents.get("step"), zero_shot=args.zero_shot, pixels=confusion.sum().item(),
-            **summary(confusion, dataset.evaluated, seen))
+            step=contents.get("step"), zero_shot=args.zero_shot,
+            **evaluate(model, dataset, seen, args.zero_shot, rank, world))
         if rank == 0:
             rows = [("per cent", name)]
             rows += [(key, value) for key, value in result.items() if isinstance(value, float)]

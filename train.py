@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import data
@@ -341,7 +342,7 @@ def report(out, log, args, model, original, momentum, val_set, seen):
 
 
 def main(args):
-    """The whole job. Returns the exit status: 0, or 130 when it was asked to stop."""
+    """The whole job. Returns 130, an exit status, when it was asked to stop."""
     # processes
     rank, world, device = accidents.start_processes()
     out = Path(args.out)
@@ -350,8 +351,7 @@ def main(args):
     # data
     train_set = data.open_dataset(args.dataset, args.data_root, "train", unseen=args.unseen)
     val_set = data.open_dataset(args.dataset, args.data_root, "val")
-    accidents.agree(json.dumps([vars(args), train_set.fingerprint, val_set.fingerprint]),
-                    "the flags, the images or the class names")
+    accidents.agree({**vars(args), "data": [train_set.fingerprint, val_set.fingerprint]})
     say(f"training: {train_set.description}\nvalidation: {val_set.description}")
     crops = data.TrainingCrops(train_set, args.image_size, args.seed, args.jitter)
     batches = functools.partial(data.batches, crops, rank=rank, world=world, workers=args.workers,
@@ -380,9 +380,8 @@ def main(args):
     share = functools.partial(reference_share, model, momentum, tokens, sample)
 
     def evaluation(zero_shot=False):
-        """Scores on the validation images, in per cent, and reference patches of the sample."""
-        confusion = evaluate.evaluate(model, val_set, zero_shot, rank, world)
-        scores = evaluate.summary(confusion, val_set.evaluated, train_set.names)
+        """Scores on the validation images, and reference patches of the sample."""
+        scores = evaluate.evaluate(model, val_set, train_set.names, zero_shot, rank, world)
         return dict(scores, reference_share_teacher=share())
 
     # text-to-patch pre-alignment
@@ -400,15 +399,12 @@ def main(args):
 
     # joint training
     losses_of = step_losses if args.distill in ("rpmd", "frozen") else rival_losses
-    network = model
-    if world > 1:
-        network = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    network = DDP(model, gradient_as_bucket_view=True) if world > 1 else model
     if args.compile:
         model.compile()
     parts = args.accumulate  # micro-batches of a step
     micro_batches = batches(args.batch_size // parts, step * parts, args.steps * parts)
-    bar = tqdm(range(step + 1, args.steps + 1), "training", args.steps, initial=step,
-               disable=rank > 0)
+    bar = tqdm(range(step + 1, args.steps + 1), "train", args.steps, initial=step, disable=rank > 0)
     evaluated = [line["step"] for line in log if "mIoU_union" in line]
     accidents.answer_signals(accidents.ask_to_stop)
     for step in bar:
@@ -455,7 +451,6 @@ def main(args):
     add(step=step, **evaluation())
     if rank == 0:
         report(out, log, args, model, original, momentum, val_set, train_set.names)
-    return 0
 
 
 if __name__ == "__main__":

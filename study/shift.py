@@ -83,8 +83,8 @@ def shift(args):
         contents, model, original = read(path)
         models = {path: model} if rows else {"original CLIP": original, path: model}
         for name, segmenter in models.items():
-            confusion = evaluate.evaluate(segmenter, dataset, zero_shot=segmenter is original)
-            scores = evaluate.summary(confusion, dataset.evaluated, contents["names"])
+            scores = evaluate.evaluate(segmenter, dataset, contents["names"],
+                                       zero_shot=segmenter is original)
             row = {key: scores.get(key) for key in ("seen", "unseen", "mIoU_ground_truth")}
             rows.append({"checkpoint": name, **row, **statistics(segmenter, original, dataset)})
     metric = "mIoU_ground_truth" if rows[0]["unseen"] is None else "unseen"

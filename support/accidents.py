@@ -141,15 +141,16 @@ def say(text):
         tqdm.write(text)
 
 
-def agree(value, what):
-    """Raises UserError when the processes do not all have the same value."""
+def agree(values):
+    """Raises UserError when the processes do not all have the same values, a dict by name."""
     if dist.is_initialized():
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-        different = [rank for rank, other in enumerate(values) if other != values[0]]
-        if different:
-            raise UserError(f"{what} differ between process 0 and process {different[0]}: "
-                            f"{values[0]} and {values[different[0]]}")
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, values)
+        for rank, others in enumerate(everyone):
+            for name, value in values.items():
+                if others[name] != value:
+                    raise UserError(f"{name} differs between process {dist.get_rank()} and process "
+                                    f"{rank}: {value} and {others[name]}")
 
 
 def lock_folder(out):

@@ -195,5 +195,5 @@ def resume(path, model, original, momentum, optimiser, scaler, log, args, names,
             scaler.load_state_dict(state["scaler"])
             log[:] = state["log"]
             accidents.say(f"resuming {path} of {state['args']['dataset']} after step {step}")
-    accidents.agree(step, f"the steps of {path} (--out should be one folder for all nodes)")
+    accidents.agree({f"the step of {path}, which all nodes should see,": step})
     return step

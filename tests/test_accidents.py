@@ -232,7 +232,7 @@ def test_processes_that_differ_do_not_train(start):
     preludes = ("sys.argv.append('--lr=0.07')", "data.read_names = lambda *_: ['a', 'b', 'c']")
     for pair in [start(p[:4], processes=2, prelude=RANK_1 + p) for p in preludes]:
         for process in pair:
-            one_sentence(ends(process, 1), "differ between process 0 and process 1: ")
+            one_sentence(ends(process, 1), "differs between process ")
 
 
 def test_a_second_run_in_a_folder_is_refused(start):

@@ -107,7 +107,7 @@ SPOILED = {  # {field: values of it that no run has written}
     "momentum": (None, {}, {"visual.proj": torch.zeros(2)}), "model": ({}, {"logit_scale": 3}),
     "optimiser": ({}, {"state": {0: {"exp_avg": 1}}},
                   {"state": {0: {k: torch.zeros(2) for k in ("step", "exp_avg", "exp_avg_sq")}}}),
-    "original": (3, {"logit_scale": torch.zeros(7)}), "args": (None, {"seed": 1}, {"dataset": 3, "seed": 2, "lr": 0.1})}
+    "original": (3, {"logit_scale": torch.zeros(7)}), "args": (None, {"seed": 1}, {"lr": 0.2})}
 
 
 @pytest.mark.parametrize("field", SPOILED)

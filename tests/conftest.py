@@ -1,7 +1,9 @@
 """What the tests share: the project on the path, a tiny segmenter, a small dataset of one's own,
 and training in this process."""
+import multiprocessing
 import signal
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,15 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # by a script's `pytest &
 
 from model import build  # noqa: E402
 from support import accidents  # noqa: E402
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train", "pytest"])
+
+
+def pytest_collection_finish(session):
+    """Starts the server, whose imports take a while, before the first test that needs it."""
+    if any("start" in item.fixturenames for item in session.items):
+        forkserver.ensure_running()
 
 
 @pytest.fixture

@@ -21,14 +21,12 @@ from PIL import Image
 import data
 import model
 import train
-from conftest import ROOT
+from conftest import FORKS, ROOT
 from sources import readers
 from support import accidents, checkpoint
 from support.files import UserError
 from test_checkpoint import TEXT, VISION
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train", "pytest"])
 FAST = ("--clip=tiny --image-size=32 --batch-size=8 --steps=4 --tpa-steps=1 --eval-every=0 "
         "--save-every=0").split()
 PRELUDE = """
@@ -38,6 +36,7 @@ import data, ema, evaluate, losses, model
 from support import accidents, pictures
 pictures.curves = evaluate.examples = lambda *everything: None  # half the time of so small a run
 model.TINY["vision_cfg"] |= dict(layers=3, width=64, head_width=16)
+model.TINY["text_cfg"] |= dict(width=32, heads=2)
 
 def third(place, name, fate, n=3):  # a function's third or nth call meets its fate first
     function, calls = getattr(place, name), []
@@ -59,6 +58,7 @@ def script(words, prelude, env, command):
     os.setpgrp()
     os.environ.update(env, CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # loaders, as from a shell
     sys.argv = command
     exec(PRELUDE + prelude, {})
     runpy.run_path(command[0], run_name="__main__")

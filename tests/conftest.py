@@ -17,16 +17,17 @@ torch.set_num_threads(1)  # tests start processes
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # by a script's `pytest &`; children inherit
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from model import build  # noqa: E402
+from model import TINY, build  # noqa: E402
 from support import accidents  # noqa: E402
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "pytest"])
 
 
-def pytest_collection_finish(session):
-    """Starts the server, whose imports take a while, before the first test that needs it."""
-    if any("start" in item.fixturenames for item in session.items):
+def pytest_collection_modifyitems(items):
+    """Tests that need the fork server, whose imports take a while, come last."""
+    items.sort(key=lambda item: "start" in item.fixturenames)
+    if items and "start" in items[-1].fixturenames:
         forkserver.ensure_running()
 
 
@@ -63,6 +64,8 @@ def training(folder, tmp_path, monkeypatch):
     import train
     from support import pictures
     handlers = {number: signal.getsignal(number) for number in accidents.SIGNALS}
+    views = evaluate.views  # one view is quicker than five
+    monkeypatch.setattr(evaluate, "views", lambda image, size, sliding: views(image, size, False))
     # drawing takes half of so small a run; test_train's two processes draw
     monkeypatch.setattr(pictures, "curves", lambda lines, path: path.write_text("a plot"))
     monkeypatch.setattr(evaluate, "examples", lambda path, *_: path.write_text("pictures"))
@@ -71,6 +74,7 @@ def training(folder, tmp_path, monkeypatch):
         defaults = (f"--dataset=folder:{folder}", f"--out={tmp_path / name}", "--clip=tiny",
                     "--steps=6", "--tpa-steps=2", "--eval-every=0", "--save-every=2")
         monkeypatch.setitem(train.TOY, "channels", 16)
+        monkeypatch.setitem(TINY, "text_cfg", TINY["text_cfg"] | dict(width=32, heads=2))
         monkeypatch.setitem(train.TOY, "log_every", 1)
         monkeypatch.setattr(accidents, "stop_asked", False)
         (tmp_path / name).mkdir(exist_ok=True)

@@ -314,13 +314,12 @@ def label_pictures(model, trained_on, args):
             if target in done:
                 raise UserError(f"{path} would overwrite {target}, of another picture")
             image = read_image(path)
+            labels = label_map(model, image, text, zero_shot=args.zero_shot).cpu().numpy()
+            shares = pictures.labelled(target, [(image, labels)], names, shares=True)
+            done.add(target)
+            tqdm.write(f"{target}: {', '.join(shares)}")
         except UserError as e:
             wrong.append(str(e))
-            continue
-        done.add(target)
-        labels = label_map(model, image, text, zero_shot=args.zero_shot).cpu().numpy()
-        shares = pictures.labelled(target, [(image, labels)], names, shares=True)
-        tqdm.write(f"{target}: {', '.join(shares)}")
     if wrong:
         raise UserError(f"{len(wrong)} of {len(paths)} files are not labelled: {'; '.join(wrong)}")
 

@@ -37,7 +37,7 @@ def door():
     except KeyboardInterrupt:
         status, said = 130, "stopped"
     except torch.OutOfMemoryError as e:
-        said = f"error: {e}; training needs less memory with --accumulate 2 or --recompute-head"
+        said = f"error: {e}; training needs less memory with --accumulate 2"
     except RuntimeError as e:
         if not dist.is_initialized() or not re.search("gloo|nccl", str(e), re.IGNORECASE):
             raise

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import secrets
 
 
@@ -27,6 +28,8 @@ def reading(path, kind):
         said = " ".join(str(e).split()) or type(e).__name__
         if isinstance(e, KeyError):
             said = f"there is no {said} in it"
+        if isinstance(e, pickle.UnpicklingError):  # torch advises to run what is in the file
+            said = "it holds more than tensors, numbers and text"
         raise UserError(f"{path} can't be read as {kind} ({said[:300]})") from e
 
 

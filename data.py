@@ -18,6 +18,7 @@ ROOT_HELP = ("folder of the benchmarks (default $RPMD_DATA, else $DETECTRON2_DAT
              "./datasets)")
 NAMES = (*BENCHMARKS, "folder:PATH", "toy", "toy:N")
 REPORTED = ("ade20k-847", "pc-459", "ade20k-150", "pc-59", "voc-20", "voc-20b")  # by papers
+# empty, a comment, JSON or YAML; a number, or one before or after a name; not printable; too long
 NO_NAME = re.compile(r"$|[#\[{]|-\s|\d+\s*([:;,=)]|$)|.*[:,]\s*\d|.*[;\0-\x1f\x7f-\x9f]|.{301}")
 LOADER_TIMEOUT = 300  # seconds that a loader process may take for a batch
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)  # CLIP's
@@ -119,6 +120,7 @@ def count_labels(pixel_labels, num_classes):
 def doubt(dataset, counts):
     """A sentence if 255 seems to be a class of one's own masks, else "". counts: `count_labels`."""
     absent = [name for name, n in zip(dataset.evaluated, counts) if n == 0]
+    # masks of 0 and 255: all classes but one have pixels, or one class alone has
     one_apart = len(absent) == 1 or 0 < len(absent) == len(dataset.evaluated) - 1
     if dataset.own_words and one_apart and counts[-1] > 0.001 * counts.sum():
         return f"no pixel is {absent[0]!r}, and some have no label: is it stored as 255?"

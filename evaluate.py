@@ -232,11 +232,13 @@ def patch_view(model, image, pixel_labels):
 
 
 @torch.inference_mode()
-def examples(path, model, original, momentum, dataset, unseen=()):
+def examples(path, model, original, momentum, dataset, seen):
     """Draw the paper's Figure 1 for three images of a dataset: the reference patches before and
     after training, and the prediction. original: the Segmenter with CLIP as training began;
-    momentum: MomentumEncoder, or None for the model's own patches; unseen: names to star."""
+    momentum: MomentumEncoder, or None for the model's own patches; seen: the training names."""
     from support import pictures
+    seen = set(map(spoken, seen))
+    unseen = [name for name in dataset.evaluated if spoken(name) not in seen]
     encode = momentum or model.encode_image
     first_text, text = encode_names(original, dataset.names), encode_names(model, dataset.names)
     rows, label_maps = [], []
@@ -360,12 +362,13 @@ def main():
     for name in args.datasets:
         names += data.REPORTED if name == "all" else [name]
     datasets = [data.open_dataset(name, args.data_root, "val", args.classes) for name in names]
-    weights = sum(tensor.double().abs().sum().item() for tensor in contents["model"].values())
-    told = [dataset.fingerprint[:16] for dataset in datasets]
-    accidents.agree({"sum of the weights": weights, "digest of images and names": told,
-                     "--zero-shot": args.zero_shot})
-    for name, dataset in zip(names, datasets):
+    with open(args.checkpoint, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    accidents.agree({"digest of --checkpoint": digest, "--zero-shot": args.zero_shot,
+                     "digest of images and names": [dataset.fingerprint for dataset in datasets]})
+    for dataset in datasets:
         check_names(model, dataset.names, dataset.own_words, trained_on)
+    for name, dataset in zip(names, datasets):
         accidents.say(f"{name}: {dataset.description}")
         result = dict(
             dataset=name, images=len(dataset), source=dataset.source, checkpoint=args.checkpoint,

@@ -78,7 +78,8 @@ class Attention(nn.Module):
         self.out_proj = packed.out_proj
 
     def forward(self, x, causal=False):
-        """x [B,n,width] -> [B,n,width]. causal: a token attends to none that follows it."""
+        """x [B,n,width] -> [B,n,width]. causal: a token attends to none that follows it.
+        The casts of q and v are not kept, because q and v change at every step."""
         packed = torch.cat([self.q_proj_weight.to(x.dtype), lowered(self.k_proj_weight, x.dtype),
                             self.v_proj_weight.to(x.dtype)])
         qkv = F.linear(x, packed, lowered(self.in_proj_bias, x.dtype))  # [B,n,3*width]
@@ -188,10 +189,10 @@ def first_synonym(name):
     return name.split(",")[0].strip()
 
 
-def tokenize(names, context_length=77, prompt=PROMPT):
+def tokenize(names, context_length=77):
     """K class names in a prompt -> tokens [K,n], n being the longest one's length. Of
     comma-separated synonyms the first counts."""
-    prompts = [prompt.format(first_synonym(name)) for name in names]
+    prompts = [PROMPT.format(first_synonym(name)) for name in names]
     tokens = make_tokenizer()(prompts, context_length)
     longest = tokens.argmax(-1).max() + 1
     return tokens[:, :longest]
@@ -445,10 +446,9 @@ class Segmenter(nn.Module):
         self.head = Head(visual.output_dim, visual.conv1.out_channels, side, **head)
         self.set_trained("both")
 
-    def tokenize(self, names, prompt=PROMPT):
+    def tokenize(self, names):
         """K class names -> tokens [K,n] on the model's device; see the function `tokenize`."""
-        context = self.text_encoder.context_length
-        return tokenize(names, context, prompt).to(self.logit_scale.device)
+        return tokenize(names, self.text_encoder.context_length).to(self.logit_scale.device)
 
     def encode_image(self, images):
         """images [B,3,S,S] -> patches V [B,L,D], middle features for `Head.decode`."""

@@ -78,7 +78,7 @@ def parse(argv=None):
     add = parser.add_argument_group("model").add_argument
     add("--clip", help="tiny (default for toy), or a ViT of open_clip (default ViT-B-16-quickgelu)")
     add("--pretrained", help="CLIP's weights: a tag of open_clip (default openai), a file, toy "
-                             "(default for toy) or none (default for other data with tiny)")
+        "(default for toy) or none (default with --init-cat-seg, or tiny and other data)")
     add("--init-cat-seg", metavar="FILE", help="start from a checkpoint that CAT-Seg published: "
                                                "its CLIP is then the original one")
     add("--adapt", default="both", choices=("both", "visual", "text", "none"),
@@ -96,7 +96,7 @@ def parse(argv=None):
     setting("--lambda-cpa", number(float, 0), "weight of CPA in Eq. (6)")
     setting("--tau", number(float, 1e-6), "temperature of CPA, Eq. (5)")
     add("--alpha", type=number(float, 0, 1), help="EMA decay; the memory is about 1 / (1 - alpha) "
-        f"steps (default 1 - 3 / steps; tiny CLIP {TOY['alpha']:g})")
+        f"steps (default 1 - 3 / steps; tiny CLIP {TOY['alpha']:g}); rpmd only")
     add("--spd-features", default="normalised", choices=("normalised", "raw"),
         help="features that Eq. (2) compares: unit vectors (default), or raw as in the letter")
     setting("--tpa-steps", number(int, 0), "steps of TPA, if the text encoder is trained with SPD")
@@ -104,7 +104,7 @@ def parse(argv=None):
 
     add = parser.add_argument_group("schedule and run").add_argument
     setting("--steps", number(int, 1), "optimiser steps of joint training")
-    setting("--batch-size", number(int, 1), "global batch size; by default a multiple of the GPUs")
+    setting("--batch-size", number(int, 1), "global batch size; by default at least one per GPU")
     add("--accumulate", type=number(int, 1), default=1,
         help="micro-batches per step; SPD and CPA are averaged within each (default 1)")
     setting("--lr", number(float, 0), "learning rate of the head")
@@ -126,20 +126,20 @@ def parse(argv=None):
         defaults.update(TOY, pretrained="toy" if toy else "none")
     if args.init_cat_seg:
         defaults["pretrained"] = "none"
-    parts = accidents.torchrun()[1] * args.accumulate
-    defaults["batch_size"] = math.ceil(RECIPE["batch_size"] / parts) * parts
+    world = accidents.torchrun()[1]
+    defaults["batch_size"] = math.ceil(RECIPE["batch_size"] / world) * world
     folder = Path(args.dataset.removeprefix("folder:").replace("toy:", "toy-")).expanduser()
     defaults["out"] = f"out/{folder.resolve().name}"
-    for name, value in defaults.items():
+    for name, value in defaults.items():  # of flags not given, and of settings without a flag
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     if args.alpha is None:
         args.alpha = max(0.0, 1 - 3 / args.steps)
     if args.distill != "rpmd":
         args.alpha = 1.0  # the teacher stays as it is
-    if args.batch_size % parts:
-        raise UserError(f"--batch-size {args.batch_size} does not divide among {parts} (processes "
-                        "times --accumulate)")
+    if args.batch_size % (world * args.accumulate):
+        raise UserError(f"--batch-size {args.batch_size} does not divide among {world} processes "
+                        f"times --accumulate {args.accumulate}")
     if args.distill not in ("rpmd", "frozen") or args.adapt not in ("both", "text"):
         args.tpa_steps = 0
     for counter in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
@@ -167,7 +167,7 @@ def step_losses(model, momentum, images, pixel_labels, tokens, args):
     logits, patches, text = logits.float(), patches.float(), text.float()
     momentum_patches = momentum_patches.float()
 
-    grid = [side // 4 for side in logits.shape[2:]]  # (H, W)
+    grid = [side // 4 for side in logits.shape[2:]]  # (H, W); DDP hides model.grid
     labels = patch_labels(pixel_labels, grid)  # G [B,L]
     reference = correctly_classified(momentum_patches, text, labels)  # Eq. (1)
     normalise = args.spd_features == "normalised"
@@ -187,19 +187,19 @@ def step_losses(model, momentum, images, pixel_labels, tokens, args):
     return loss, figures
 
 
-def rival_losses(model, original, images, pixel_labels, tokens, args):
+def rival_losses(model, teacher, images, pixel_labels, tokens, args):
     """One micro-batch of the baselines: plain CAT-Seg (--distill none), and MAFT+'s pooled
-    distillation from the CLIP that training began with (pooled; original: a MomentumEncoder whose
+    distillation from the CLIP that training began with (pooled; teacher: a MomentumEncoder whose
     alpha is 1). The log counts the student's correctly classified patches as reference patches."""
     with autocast(images.device, args.precision):
         logits, patches, text = model(images, tokens)
-        original_patches, _ = original(images) if args.distill == "pooled" else (None, None)
+        teacher_patches, _ = teacher(images) if args.distill == "pooled" else (None, None)
     patches = patches.float()
     grid = [side // 4 for side in logits.shape[2:]]
     loss = segmentation_loss(logits.float(), pixel_labels)
     figures = dict(segmentation_loss=loss)
     if args.distill == "pooled":
-        figures["pooled_loss"] = pooled_loss(patches, original_patches.float(), grid)
+        figures["pooled_loss"] = pooled_loss(patches, teacher_patches.float(), grid)
         loss = loss + args.lambda_pooled * figures["pooled_loss"]
     labels = patch_labels(pixel_labels, grid)
     correct = correctly_classified(patches, text.float(), labels)
@@ -217,9 +217,9 @@ def weigh_by_process(losses, counts):
     if not dist.is_initialized():
         return losses
     counts = torch.stack(counts).double()
-    total = counts.clone()
-    dist.all_reduce(total)
-    shares = (dist.get_world_size() * counts / total.clamp(min=1)).float()
+    average = counts / dist.get_world_size()
+    dist.all_reduce(average)  # adds them up
+    shares = (counts / average.clamp(min=1e-9)).float()  # 0 where all counts are
     return [share * loss for share, loss in zip(shares, losses)]
 
 
@@ -305,11 +305,12 @@ def add_line(log, path, **line):
             file.write("".join(json.dumps(line) + "\n" for line in log).encode())
 
 
-def step_line(step, figures, optimiser, accumulate, grad_norm, seconds):
-    """A step's line of the log, over all processes: of figures called ..._loss the mean over
-    processes and micro-batches, of the others (numbers of patches) the sum."""
+def step_line(step, figures, optimiser, micro_batches, grad_norm, seconds):
+    """A step's line of the log. figures: sums over this process's micro-batches. Of those called
+    ..._loss the line has the mean over micro-batches and processes, of the others (numbers of
+    patches) the sum."""
     sums = torch.stack(list(figures.values()))
-    count = accumulate  # each loss is a sum over micro-batches
+    count = micro_batches
     if dist.is_initialized():
         dist.all_reduce(sums)
         count *= dist.get_world_size()
@@ -324,20 +325,19 @@ def step_line(step, figures, optimiser, accumulate, grad_norm, seconds):
 
 
 def report(out, log, args, model, original, momentum, val_set, seen):
-    """Write results.json and the pictures, and print scores and reference patches at the start and
-    at the end. seen: the names that training showed."""
+    """Write results.json and the pictures, and print scores and reference patches at the start,
+    after TPA and at the end. seen: the names that training showed."""
     write_json(dict(args=vars(args), start=log[0], trained=log[-1]), out / "results.json")
     start = [line for line in log if line["step"] == 0]
     scores = ["seen", "unseen", "harmonic"] if "seen" in log[-1] else ["mIoU_ground_truth"]
     rows = [["per cent", *scores, "reference patches"]]
     names = ["CLIP, zero-shot", "after TPA"][:len(start)] + [f"trained (--distill {args.distill})"]
-    for name, line in zip(names, [*start, log[-1]]):
+    for name, line in zip(names, [*start, log[-1]]):  # start: the evaluation, and perhaps TPA
         rows.append([name, *map(line.get, scores), 100 * line["reference_share_teacher"]])
     say(evaluate.format_table(rows))
     from support import pictures  # with matplotlib, which takes a while
     pictures.curves(log, out / "curves.png")
-    unseen = [name for name in val_set.evaluated if name not in seen]
-    evaluate.examples(out / "examples.png", model, original, momentum, val_set, unseen)
+    evaluate.examples(out / "examples.png", model, original, momentum, val_set, seen)
     say(f"written to {out}: examples.png, curves.png, results.json, log.jsonl, last.pt")
 
 
@@ -362,7 +362,7 @@ def main(args):
     evaluate.check_names(model, val_set.names, val_set.own_words)
     tokens = model.tokenize(train_set.names)
     original = frozen_copy(model)  # CLIP as training begins
-    # TPA leaves the visual encoder as it is, so E^M can begin here
+    # TPA leaves the visual encoder as it is, so E^M can begin here. (frozen, pooled: alpha is 1)
     momentum = MomentumEncoder(model.image_encoder, args.alpha) if args.distill != "none" else None
     optimiser = build_optimiser(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
@@ -374,7 +374,7 @@ def main(args):
     step = None if args.restart else checkpoint.resume(last, **run)
     add = functools.partial(add_line, log, out / "log.jsonl")
 
-    far = 10 ** 9  # a step that nobody reaches, so that these 32 crops are not trained on
+    far = 10 ** 9  # a step that nobody reaches: these 32 crops or so are not trained on
     sample = list(batches(args.batch_size, far, far + max(1, 32 // args.batch_size)))
 
     share = functools.partial(reference_share, model, momentum, tokens, sample)
@@ -407,7 +407,7 @@ def main(args):
     bar = tqdm(range(step + 1, args.steps + 1), "train", args.steps, initial=step, disable=rank > 0)
     evaluated = [line["step"] for line in log if "mIoU_union" in line]
     accidents.answer_signals(accidents.ask_to_stop)
-    for step in bar:
+    for step in bar:  # evaluations come after the checkpoint: a run that is killed in one repeats it
         if due(args.eval_every, step - 1) and step - 1 not in evaluated:
             add(step=step - 1, **evaluation())
         begin = time.time()
@@ -424,7 +424,7 @@ def main(args):
                 for name, value in terms.items():
                     figures[name] = figures.get(name, 0) + value.detach().double()
                 paths += files
-        except (UserError, RuntimeError):  # of an image or another process: the state is whole
+        except (UserError, RuntimeError):  # a broken image, a lost process: the state is whole
             checkpoint.save(last, step=step - 1, **run)
             raise
         scaler.unscale_(optimiser)

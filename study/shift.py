@@ -33,8 +33,7 @@ def pictures(args):
         momentum = MomentumEncoder(model.image_encoder, 1.0)
         momentum.load_state_dict(contents["momentum"])
     path = Path(args.out, "examples.png")
-    unseen = set(dataset.evaluated) - set(contents["names"])
-    evaluate.examples(path, model, original, momentum, dataset, unseen)
+    evaluate.examples(path, model, original, momentum, dataset, contents["names"])
     print(f"written: {path}")
 
 
@@ -43,7 +42,7 @@ def statistics(model, original, dataset):
     """What the paper measures of a Segmenter against `original`, the same with CLIP as training
     began, as a dictionary; docs/study.md says what each number means. None: nothing to average."""
     names, last = dataset.names, len(dataset.evaluated) - 1  # names from `last` on are one class
-    text, original_text = (F.normalize(evaluate.encode_names(m, names)) for m in (model, original))
+    text, original_text = (evaluate.encode_names(m, names) for m in (model, original))
     sums = torch.zeros_like(text, dtype=torch.float64)  # [K,D], of a class's patches' unit vectors
     counts = torch.zeros_like(sums[:, :1])
     reference, noisy, contaminated = [], [], []

@@ -53,7 +53,7 @@ def train(row, seed, flags, folder):
     results = json.loads((out / "results.json").read_text())
     lines = []
     for name, figures in ((row, results["trained"]), ("zero-shot CLIP", results["start"])):
-        figures = {key: figures[key] for key in (*METRICS, "reference_share_teacher", "drift")}
+        figures = {key: figures[key] for key in (*METRICS, "reference_share_teacher")}
         lines.append(dict(row=name, seed=seed, **figures, flags=flags))
     return lines
 

@@ -22,8 +22,9 @@ stop_asked = False  # by a signal during training
 
 @contextlib.contextmanager
 def door():
-    """Stands around a main function. A UserError ends the process with its sentence and status 1,
-    a signal with 130; any other exception is a bug and keeps its traceback."""
+    """Stands around a main function. A UserError, too little memory and the loss of another process
+    end it with a sentence and status 1, a signal with 130; any other exception is a bug and keeps
+    its traceback."""
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     answer_signals(signal.default_int_handler)  # raises KeyboardInterrupt
     status = 1
@@ -37,7 +38,7 @@ def door():
     except KeyboardInterrupt:
         status, said = 130, "stopped"
     except torch.OutOfMemoryError as e:
-        said = f"error: {e}; training needs less memory with --accumulate 2"
+        said = f"error: {e}; in training, --accumulate 2 halves the images that a GPU holds at once"
     except RuntimeError as e:
         if not dist.is_initialized() or not re.search("gloo|nccl", str(e), re.IGNORECASE):
             raise

@@ -13,7 +13,7 @@ from model import build, clip_sizes
 from support import accidents
 from support.files import UserError, reading, replacing
 
-FREE = ("--dataset --data-root --unseen --workers --out --restart --steps --accumulate --compile "
+FREE = ("--dataset --data-root --unseen --workers --out --restart --accumulate --compile "
         "--log-every --eval-every --save-every --snapshot-every").split()  # to change on resuming
 CAT_SEG = {  # by the shape of the patch embedding's kernel, the CLIP of its published checkpoints
     (768, 3, 16, 16): "ViT-B-16-quickgelu", (1024, 3, 14, 14): "ViT-L-14-336-quickgelu"}
@@ -162,7 +162,7 @@ def save(path, step, model, original, **run):
 
 
 def identity(args, names, data):
-    """What a run is told apart by, under the names that a user knows."""
+    """What a run is told apart by: flags and other settings, names and images."""
     flags = {f"--{name.replace('_', '-')}": value for name, value in args.items()}
     return {**flags, "class names": names, "images whose names have the digest": data}
 
@@ -176,14 +176,13 @@ def resume(path, model, original, momentum, optimiser, scaler, log, args, names,
         state = read(path)
         with reading(path, "a checkpoint to resume from"):
             step = state["step"]
-            if type(step) is not int or not 0 <= step <= args["steps"]:
-                raise UserError(f"{path} is at step {step} of --steps {args['steps']}: use another "
-                                "--out, or --restart")
             before = identity(state["args"], state["names"], state["data"])
             for name, value in identity(args, names, data).items():
                 if name not in FREE and before.get(name) != value:
                     raise UserError(f"{path} was trained with {name} {str(before.get(name))[:200]},"
                                     f" not {str(value)[:200]}: use another --out, or --restart")
+            if type(step) is not int or not 0 <= step <= args["steps"]:
+                raise ValueError(f"it claims to be at step {step} of {args['steps']}")
             model.load_state_dict(state["model"])
             original.load_state_dict({**state["model"], **state["original"]})
             if momentum:

@@ -407,7 +407,7 @@ def main(args):
     bar = tqdm(range(step + 1, args.steps + 1), "train", args.steps, initial=step, disable=rank > 0)
     evaluated = [line["step"] for line in log if "mIoU_union" in line]
     accidents.answer_signals(accidents.ask_to_stop)
-    for step in bar:  # evaluations come after the checkpoint: a run that is killed in one repeats it
+    for step in bar:  # evaluations come after the checkpoint: a run killed in one repeats it
         if due(args.eval_every, step - 1) and step - 1 not in evaluated:
             add(step=step - 1, **evaluation())
         begin = time.time()

@@ -1,8 +1,10 @@
-"""Evaluation: windows, confusion matrices, both mIoU, every image once, own pictures, and results
-that nothing overwrites."""
+"""Evaluation: windows, confusion matrices, both mIoU, own pictures, and what is printed."""
+import functools
 import json
 import math
+import sys
 import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,36 +18,28 @@ from losses import IGNORE
 from support import accidents, pictures
 from support.files import UserError
 
+up = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
 
-def photo(width, height, seed=0):
-    rng = np.random.default_rng(seed)
-    small = rng.integers(0, 255, (height // 10, width // 10, 3), dtype=np.uint8)
+
+def photo(width, height):
+    small = np.random.default_rng(0).integers(0, 255, (height // 10, width // 10, 3), np.uint8)
     return Image.fromarray(small).resize((width, height))
 
 
-def save(model, path, **more):
-    torch.save(dict(config=model.config, model=model.state_dict(), **more), path)
-    return path
-
-
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs evaluate.main in this process: (exit status, what it printed)."""
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
-        status = 0
-        try:
-            with accidents.door():
-                evaluate.main()
-        except SystemExit as e:
-            status = e.code
-        printed = capsys.readouterr()
-        return status, printed.out + printed.err
+def command(tiny, tmp_path, monkeypatch, capsys):
+    """Runs evaluate.main in this process, on `tiny` as tmp_path/last.pt with further contents:
+    command(*flags, **contents) -> (exit status, what it printed)."""
+    def call(*flags, **contents):
+        path = tmp_path / "last.pt"
+        torch.save(dict(config=tiny.config, model=tiny.state_dict(), **contents), path)
+        monkeypatch.setattr("sys.argv", ["evaluate.py", f"--checkpoint={path}", *map(str, flags)])
+        with pytest.raises(SystemExit) as e, accidents.door():
+            evaluate.main()
+            sys.exit(0)
+        return e.value.code, "".join(capsys.readouterr())
+
     return call
-
-
-def up(x, *size):
-    return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 def tensor(image):
@@ -61,16 +55,16 @@ def test_sliding_windows_by_a_plain_loop(tiny, size):
     x = tensor(image.resize(resized, Image.Resampling.BILINEAR))
     with torch.no_grad():
         def probabilities(view):
-            return up(tiny(view, tokens)[0], 64, 64).sigmoid()
+            return up(tiny(view, tokens)[0], 64).sigmoid()
 
-        square, total, count = up(x, 107, 107), torch.zeros(1, 3, 107, 107), torch.zeros(107, 107)
+        square, total, count = up(x, 107), torch.zeros(1, 3, 107, 107), torch.zeros(107, 107)
         for top in (0, 43):
             for left in (0, 43):
                 part = (..., slice(top, top + 64), slice(left, left + 64))
                 total[part] += probabilities(square[part])
                 count[part] += 1
-        whole = up(probabilities(up(x, 64, 64)), 107, 107)
-        expected = up((total / count + whole) / 2, *size[::-1])
+        whole = up(probabilities(up(x, 64)), 107)
+        expected = up((total / count + whole) / 2, size[::-1])
         text = tiny.encode_text(tokens)
     scores = torch.cat([s for _, s in evaluate.class_scores(tiny, image, text, chunk=2)], 1)
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6)
@@ -85,7 +79,7 @@ def test_zero_shot_is_clips_own_argmax(tiny):
         patches = tiny.encode_image(tensor(image))[0]
         cosine = F.cosine_similarity(patches[0, :, None], text, dim=-1).T.reshape(1, 3, 8, 8)
     found = evaluate.label_map(tiny, image, text, sliding=False, zero_shot=True)
-    assert torch.equal(found, up(cosine, 64, 64)[0].argmax(0)) and len(found.unique()) > 1
+    assert torch.equal(found, up(cosine, 64)[0].argmax(0)) and len(found.unique()) > 1
 
 
 def test_ties_go_to_the_lower_class_also_of_an_earlier_chunk(monkeypatch):
@@ -164,22 +158,16 @@ def test_every_image_is_counted_once_in_two_processes(tiny, folder, monkeypatch)
         evaluate.evaluate(tiny, dataset)
 
 
-def test_processes_agree_on_weights_images_and_names(tiny, folder, tmp_path, command, monkeypatch):
-    told = []
-
-    def agree(values):
-        told.append(str(values))
-        raise UserError("they differ")
-
+def test_processes_agree_on_weights_images_and_names(tiny, folder, command, monkeypatch):
+    agree = mock.Mock(side_effect=UserError("they differ"))
     monkeypatch.setattr(accidents, "agree", agree)
-    options = ("--checkpoint", save(tiny, tmp_path / "c.pt", original={}), "--datasets",
-               f"folder:{folder}")
+    own = f"--datasets=folder:{folder}"
     for flags in ("", "", "--zero-shot", "--classes=a,b,c"):
-        command(*options, *flags.split())
+        command(own, *flags.split(), original={})
     tiny.head.logit.bias.data += 1e-3
-    save(tiny, tmp_path / "c.pt")
-    assert "there is no 'original' in it" in command(*options, "--zero-shot")[1]
-    command(*options)
+    assert "there is no 'original' in it" in command(own, "--zero-shot")[1]
+    command(own)
+    told = list(map(str, agree.call_args_list))
     assert told[0] == told[1] and len(set(told)) == 4
 
 
@@ -204,20 +192,18 @@ def test_zero_shot_is_the_clip_that_training_began_with(tiny, folder, tmp_path, 
     assert evaluate.evaluate(tiny, dataset, zero_shot=True)["classes"] != before
     older = dict(momentum={"alpha": 0.9, "tensors": original}, facts={"zero_shot": {}}, scaler={},
                  optimiser={"state": {}}, names=["red thing"], args={"dataset": "folder:x"})
-    last = save(tiny, tmp_path / "last.pt", original=original, **older)
-    command("--checkpoint", last, "--datasets", f"folder:{folder}", "--zero-shot")
+    command(f"--datasets=folder:{folder}", "--zero-shot", original=original, **older)
     (file,) = tmp_path.glob("eval/*.json")
     assert json.loads(file.read_text())["classes"] == before
 
 
-def test_scores_are_printed_and_written(tiny, folder, tmp_path, command):
-    options = ("--checkpoint", save(tiny, tmp_path / "last.pt"), "--datasets", f"folder:{folder}")
-    status, said = command(*options)
+def test_scores_are_printed_and_written(folder, tmp_path, command):
+    status, said = command(f"--datasets=folder:{folder}")
     assert status == 0 and said.count(" thing ") == 3 and "| mIoU_ground_truth" in said
     (file,) = tmp_path.glob("eval/*.json")
     assert f"written to {file}" in said and json.loads(file.read_text())["images"] == 3
     (tmp_path / "file").touch()
-    status, said = command(*options, "--out", tmp_path / "file")
+    status, said = command(f"--datasets=folder:{folder}", f"--out={tmp_path}/file")
     assert status == 1 and "can't be written" in said and "| mIoU_ground_truth" in said
     table = evaluate.format_table([["class", "IoU"], ["a|é", 12.345], ["b", None]])
     assert table.splitlines()[2:] == [r"| a\|é  | 12.3 |", r"| b     |    - |"]
@@ -225,76 +211,65 @@ def test_scores_are_printed_and_written(tiny, folder, tmp_path, command):
 
 def test_nothing_is_overwritten_by_something_else(tmp_path):
     """What differs from eval/DATASET beside the checkpoint is in the name, which stays short."""
-    def path(name="toy", words="abc", **flags):
-        default = dict(checkpoint=tmp_path / "last.pt", zero_shot=False, classes=None,
-                       out=None)
-        args = types.SimpleNamespace(**{**default, **flags})
+    def path(name="toy", flags="", checkpoint="last.pt", words="abc"):
+        args = evaluate.parse([f"--checkpoint={tmp_path / checkpoint}", *flags.split()])
         return evaluate.result_path(name, types.SimpleNamespace(names=list(words)), args)
 
     assert path() == tmp_path / "eval" / "toy.json" and path("toy:3").name == "toy-3.json"
-    one, other = tmp_path / "last.pt", tmp_path / "x" / "last.pt"
-    kinds = [{}, dict(zero_shot=True), dict(classes="f"), dict(classes="f", words="acb"),
-             dict(checkpoint=tmp_path / "b.pt"), dict(name="pc-59"),
-             dict(name=f"folder:{'long/' * 50}"), dict(name=f"folder:x/{'long/' * 50}"),
-             dict(checkpoint=one, out="o"), dict(checkpoint=other, out="o")]
-    names = {str(path(**kind)) for kind in kinds}
-    assert len(names) == len(kinds)
+    paths = [path(), path("pc-59"), path(f"folder:{'long/' * 50}"),
+             path(f"folder:x/{'long/' * 50}"), path(flags="--zero-shot"), path(checkpoint="b.pt"),
+             path(flags="--classes=f"), path(flags="--classes=f", words="acb"),
+             path(flags="--out=o"), path(flags="--out=o", checkpoint="x/last.pt")]
+    assert len(set(paths)) == len(paths)
 
 
-def test_pictures_of_ones_own(tiny, tmp_path, command, monkeypatch):
+def test_pictures_of_ones_own(tmp_path, command, monkeypatch):
     """What can't be read is named, the others are done; no two are written to one file."""
     own, sheets = tmp_path / "my pictures", []
     monkeypatch.setattr(pictures, "sheet", lambda path, *_: sheets.append(path.name))
-    exif = Image.Exif()
-    exif[0x0112] = 6
     own.mkdir()
-    photo(130, 90).save(own / "a.jpg", exif=exif)
+    photo(130, 90).save(own / "a.jpg")
     photo(100, 80).convert("RGBA").save(own / "a.png")
     (own / "broken.jpg").write_bytes(b"no picture")
     (own / "a.HEIC").write_bytes(b"unknown")
     (own / "a.png.rpmd.png").touch()
     photo(100, 80).save(tmp_path / "a.jpg")
     (tmp_path / "a.png").write_bytes(b"no picture")
-    status, said = command(
-        "--checkpoint", save(tiny, tmp_path / "c.pt"), "--classes", "cat, wooden floor",
-        "--image", tmp_path / "a.png", own, tmp_path / "a.jpg", "--out", own)
+    status, said = command("--classes=cat, wooden floor", f"--out={own}",
+                           "--image", tmp_path / "a.png", own, tmp_path / "a.jpg")
     assert status == 1 and said.count("can't be read as an image") == 3
     assert "broken.jpg can't" in said and "a.HEIC can't" in said
     assert f"{tmp_path / 'a.jpg'} would overwrite {own / 'a.jpg'}.rpmd.png" in said
     assert sheets == ["a.jpg.rpmd.png", "a.png.rpmd.png"]
     assert "a.jpg.rpmd.png: " in said and "% cat" in said
     (tmp_path / "empty").mkdir()
-    assert "there is no picture" in command("--checkpoint", tmp_path / "c.pt", "--classes=cat",
-                                            "--image", tmp_path / "empty")[1]
+    assert "there is no picture" in command("--classes=cat", f"--image={tmp_path}/empty")[1]
 
 
-def test_doubtful_names_are_told(tiny, folder, tmp_path, command, capsys, monkeypatch):
+def test_doubtful_names_are_told(tiny, folder, command, capsys, monkeypatch):
     """Refused where they are the user's own, a note for a published list, a warning where a toy
     world's CLIP never saw the words."""
-    options = ("--checkpoint", save(tiny, tmp_path / "c.pt", args={"dataset": "toy:3"}),
-               "--datasets", f"folder:{folder}")
-    status, said = command(*options, "--classes", "Sky, sky, tree")
+    own, args = f"--datasets=folder:{folder}", {"dataset": "toy:3"}
+    status, said = command(own, "--classes=Sky, sky, tree", args=args)
     assert status == 1 and "'Sky'" in said and "'sky'" in said
     evaluate.check_names(tiny, ["Sky", "sky"])
     assert capsys.readouterr().out.startswith("note: ")
-    for names in (["dog", "cat", "Cat, puss"], ["dog", "cat " * 12]):
-        with pytest.raises(UserError, match="'cat' and 'Cat, puss' alike|too long for the text"):
-            evaluate.check_names(tiny, names, own_words=True)
-    said = command(*options)[1]
+    with pytest.raises(UserError, match="too long for the text"):
+        evaluate.check_names(tiny, ["dog", "cat " * 12], own_words=True)
+    said = command(own, args=args)[1]
     assert "warning: " in said and "'red thing'" in said
     monkeypatch.setattr("sources.toy.SPLIT_SIZES", {"train": 1, "val": 1})
-    status, said = command(*options[:2], "--datasets", "toy")
+    status, said = command("--datasets=toy", args=args)
     assert status == 0 and "warning" not in said and "| mIoU_ground_truth" in said
 
 
-def test_examples_show_three_images(tiny, folder, tmp_path, monkeypatch):
+def test_examples_show_three_images(tiny, folder, monkeypatch):
     """Patches that are named correctly are kept, before training and by the momentum encoder."""
     dataset, sheets = data.open_dataset(f"folder:{folder}"), []
     monkeypatch.setattr(pictures, "sheet", lambda path, *sheet: sheets.append(sheet))
     monkeypatch.setattr(evaluate, "correctly_classified", lambda patches, *_: patches[..., 0] > 0)
-    everything = (tiny.encode_image, lambda view: (torch.ones(1, 64, 2), None))
-    for momentum in (None, everything[1]):
-        evaluate.examples("x.png", tiny, tiny, momentum, dataset, ["red thing"])
+    for momentum in (None, lambda view: (torch.ones(1, 64, 2), None)):
+        evaluate.examples("x.png", tiny, tiny, momentum, dataset, ["Green thing", "blue thing"])
     (titles, rows, legend, caption), (_, with_momentum, *_) = sheets
     assert len(rows) == 3 and len(titles) == len(rows[0]) == 5
     assert "* " in caption and " red thing *" in [entry.get_label() for entry in legend]

@@ -1,6 +1,7 @@
 """README and docs against the code: links, the map from paper to code, and every command."""
 import re
 import shlex
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -15,27 +16,20 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text()
 
 
-def commands():
-    """(program, arguments) of every command in the pages' bash blocks."""
-    text = "\n".join(page.read_text() for page in PAGES)
-    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
-        for line in block.splitlines():
-            line = re.sub(r"^torchrun (?:--\S+ )+|^python (-m )?", "run ", line)
-            if line.startswith("run "):
-                program, *arguments = shlex.split(line, comments=True)[1:]
-                yield program, arguments
-
-
 def test_commands_are_understood():
+    """Those of the bash blocks that run Python."""
     parsers = {"train.py": train.parse, "evaluate.py": evaluate.parse, "study": parse_study}
-    found = list(commands())
-    assert parsers.keys() <= {program for program, _ in found}
-    for program, arguments in found:
+    blocks = re.findall(r"```bash\n(.*?)```", "\n".join(map(Path.read_text, PAGES)), re.DOTALL)
+    start, found = re.compile(r"^(?:torchrun (?:--\S+ )+|python (?:-m )?)(.+)", re.MULTILINE), set()
+    for command in start.findall("\n".join(blocks)):
+        program, *arguments = shlex.split(command, comments=True)
+        found.add(program)
         if program in parsers:
             parsers[program](arguments)
         else:  # tests/gpu.py, sources.check, torch.utils.collect_env
             path = ROOT / (program.removesuffix(".py").replace(".", "/") + ".py")
             assert path.is_file() or program.startswith("torch."), program
+    assert parsers.keys() <= found
 
 
 def test_links_lead_somewhere():

@@ -30,18 +30,21 @@ from sources.benchmarks import CLASSES  # noqa: E402
 from support import accidents  # noqa: E402
 
 
-def setup(device, K):
-    """A model, its momentum encoder, an image, its pixel labels and the tokens of K names."""
-    with torch.device(device):
-        model = build("ViT-B-16-quickgelu").train()
+def setup(device, names, clip="ViT-B-16-quickgelu", size=384, channels=128, batch=1):
+    """A model, its momentum encoder, images, their pixel labels and the names' tokens; the same for
+    the same arguments."""
+    torch.manual_seed(0)
+    with torch.device("meta" if device == "meta" else "cpu"):
+        model = build(clip, size, channels).train().to(device)
+    images = torch.randn(batch, 3, size, size).to(device)
+    labels = torch.randint(0, len(names), (batch, 8, 8))
+    labels = labels.repeat_interleave(size // 8, 1).repeat_interleave(size // 8, 2).to(device)
+    return model, MomentumEncoder(model.image_encoder, 0.9), images, labels, model.tokenize(names)
+
+
+def class_names(K):
     lines = (CLASSES / "coco-stuff.txt").read_text().splitlines()
-    tokens = model.tokenize([lines[i % len(lines)] for i in range(K)])
-    g = torch.Generator().manual_seed(0)
-    pixel_labels = torch.randint(0, min(K, 8), (1, 24, 24), generator=g)
-    pixel_labels = pixel_labels.repeat_interleave(16, 1).repeat_interleave(16, 2)
-    images = torch.randn(1, 3, 384, 384, generator=g)
-    inputs = [thing.to(device) for thing in (images, pixel_labels, tokens)]
-    return model, MomentumEncoder(model.image_encoder, 0.99), *inputs
+    return [lines[i % len(lines)] for i in range(K)]
 
 
 def step(model, momentum, images, pixel_labels, tokens, meter):
@@ -87,14 +90,14 @@ def count_flops(K):
             yield
         flops[part] = flops.get(part, 0) + counter.get_total_flops()
 
-    step(*setup("meta", K), meter)
+    step(*setup("meta", class_names(K)), meter)
     return flops
 
 
 def measure(K):
     """Seconds of a step, the third, and the peak of resident memory in GB."""
     accidents.start_processes()  # memory is kept as in a run
-    inputs = setup("cpu", K)
+    inputs = setup("cpu", class_names(K))
     for _ in range(3):
         inputs[0].zero_grad()
         begin = time.perf_counter()

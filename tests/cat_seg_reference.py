@@ -19,10 +19,6 @@ SMALL = dict(
 CLIP, HEAD = "sem_seg_head.predictor.clip_model.", "sem_seg_head.predictor.transformer."
 
 
-def bilinear(x, size):
-    return F.interpolate(x, size, mode="bilinear", align_corners=False)
-
-
 def linear(s, name, x):
     return x @ s[name + ".weight"].T + s[name + ".bias"]
 
@@ -31,33 +27,32 @@ def norm(s, name, x):
     return F.layer_norm(x, x.shape[-1:], s[name + ".weight"], s[name + ".bias"])
 
 
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
+def attention(q, k, v, heads, mask):
+    """q, k, v [N,n,width], mask [n,n] -> [N,n,width], head by head."""
+    d = q.shape[-1] // heads
+    out = []
+    for q, k, v in zip(q.split(d, -1), k.split(d, -1), v.split(d, -1)):
+        out.append((q @ k.transpose(1, 2) / d**0.5 + mask).softmax(-1) @ v)
+    return torch.cat(out, -1)
 
 
-def clip_attention(s, name, x, heads, mask=None):
-    width = x.shape[-1]
-    bias = s[name + ".in_proj_bias"].chunk(3)
-    q, k, v = (x @ s[f"{name}.{c}_proj_weight"].T + b for c, b in zip("qkv", bias))
-    out = torch.zeros_like(x)
-    d = width // heads
-    for h in range(heads):
-        of_head = slice(h * d, h * d + d)
-        products = q[..., of_head] @ k[..., of_head].transpose(1, 2) / d**0.5
-        if mask is not None:
-            products = products + mask
-        out[..., of_head] = products.softmax(-1) @ v[..., of_head]
-    return linear(s, name + ".out_proj", out)
+def clip_mlp(s, block, x):
+    x = linear(s, block + "mlp.c_fc", norm(s, block + "ln_2", x))
+    return linear(s, block + "mlp.c_proj", x * torch.sigmoid(1.702 * x))  # QuickGELU
 
 
-def mlp(s, name, x):
-    return linear(s, name + ".c_proj", quick_gelu(linear(s, name + ".c_fc", x)))
+def clip_block(s, block, x, heads, mask):
+    y = norm(s, block + "ln_1", x)
+    bias = s[block + "attn.in_proj_bias"].chunk(3)
+    q, k, v = (y @ s[f"{block}attn.{c}_proj_weight"].T + b for c, b in zip("qkv", bias))
+    x = x + linear(s, block + "attn.out_proj", attention(q, k, v, heads, mask))
+    return x + clip_mlp(s, block, x)
 
 
 def encode_image(s, images, layers, heads, patch, side):
     v = CLIP + "visual."
     if images.shape[-1] != side * patch:
-        images = bilinear(images, (side * patch, side * patch))
+        images = F.interpolate(images, side * patch, mode="bilinear", align_corners=False)
     x = F.conv2d(images, s[v + "conv1.weight"], stride=patch).flatten(2).transpose(1, 2)
     x = torch.cat([s[v + "class_embedding"].expand(len(x), 1, -1), x], 1)
     pos = s[v + "positional_embedding"]
@@ -69,16 +64,14 @@ def encode_image(s, images, layers, heads, patch, side):
     x = norm(s, v + "ln_pre", x + pos)
     middle = []
     for i in range(layers - 1):
-        b = f"{v}transformer.resblocks.{i}."
-        x = x + clip_attention(s, b + "attn", norm(s, b + "ln_1", x), heads)
-        x = x + mlp(s, b + "mlp", norm(s, b + "ln_2", x))
+        x = clip_block(s, f"{v}transformer.resblocks.{i}.", x, heads, torch.zeros(()))
         if i + 1 in (layers // 3, 2 * layers // 3):
             middle.append(x[:, 1:].reshape(len(x), side, side, -1).permute(0, 3, 1, 2))
     b = f"{v}transformer.resblocks.{layers - 1}."
     bias = s[b + "attn.in_proj_bias"].chunk(3)[2]
     value = norm(s, b + "ln_1", x) @ s[b + "attn.v_proj_weight"].T + bias
     x = linear(s, b + "attn.out_proj", value) + x[:, :1]
-    x = x + mlp(s, b + "mlp", norm(s, b + "ln_2", x))
+    x = x + clip_mlp(s, b, x)
     return (norm(s, v + "ln_post", x) @ s[v + "proj"])[:, 1:], middle
 
 
@@ -87,9 +80,7 @@ def encode_text(s, tokens, layers, heads):
     x = s[CLIP + "token_embedding.weight"][tokens] + s[CLIP + "positional_embedding"][:n]
     mask = torch.full((n, n), float("-inf")).triu(1)
     for i in range(layers):
-        b = f"{CLIP}transformer.resblocks.{i}."
-        x = x + clip_attention(s, b + "attn", norm(s, b + "ln_1", x), heads, mask)
-        x = x + mlp(s, b + "mlp", norm(s, b + "ln_2", x))
+        x = clip_block(s, f"{CLIP}transformer.resblocks.{i}.", x, heads, mask)
     x = norm(s, CLIP + "ln_final", x)
     x = torch.stack([row[t.argmax()] for row, t in zip(x, tokens)]) @ s[CLIP + "text_projection"]
     return x / x.norm(dim=-1, keepdim=True)
@@ -97,8 +88,7 @@ def encode_text(s, tokens, layers, heads):
 
 def swin_block(s, name, x, guidance, window, shift, heads=4):
     """x, guidance [N,H,W,C] -> [N,H,W,C]."""
-    H, W, C = x.shape[1:]
-    d = C // heads
+    H, W = x.shape[1:3]
     shortcut = x
     x = norm(s, name + ".norm1", x)
     both = torch.cat([x, guidance], -1)
@@ -117,12 +107,7 @@ def swin_block(s, name, x, guidance, window, shift, heads=4):
             v = linear(s, name + ".attn.v", x[here].flatten(1, 2))
             r = region[here[1:]].flatten()
             mask = torch.where(r[:, None] == r[None], 0.0, -100.0)
-            heads_out = []
-            for h in range(heads):
-                of_head = slice(h * d, h * d + d)
-                products = (q[..., of_head] * d**-0.5) @ k[..., of_head].transpose(1, 2)
-                heads_out.append((products + mask).softmax(-1) @ v[..., of_head])
-            projected = linear(s, name + ".attn.proj", torch.cat(heads_out, -1))
+            projected = linear(s, name + ".attn.proj", attention(q, k, v, heads, mask))
             out[here] = projected.unflatten(1, (window, window))
     if shift:
         out = out.roll((shift, shift), (1, 2))
@@ -213,16 +198,10 @@ def top_256(s, patches, middle, text, side, pool, window):
 
 def loss(logits, pixel_labels):
     """pixel_labels [B,H,W] with -1 where ignored."""
-    logits = bilinear(logits, pixel_labels.shape[-2:])
-    one_hot = torch.zeros_like(logits)
-    for k in range(logits.shape[1]):
-        one_hot[:, k] = (pixel_labels == k).float()
+    size = pixel_labels.shape[-2:]
+    logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+    one_hot = torch.stack([(pixel_labels == k).float() for k in range(logits.shape[1])], 1)
     return F.binary_cross_entropy_with_logits(logits, one_hot)
-
-
-def to_cat_seg(state):
-    """Our state dict under CAT-Seg's names, written independently of support/checkpoint.py."""
-    return {theirs(name): t[None, None] if "padding_" in name else t for name, t in state.items()}
 
 
 NAMES = {  # what in our names becomes what in CAT-Seg's, in this order
@@ -241,8 +220,11 @@ NAMES = {  # what in our names becomes what in CAT-Seg's, in this order
     r"(decoder\d\.)conv2": r"\1conv.double_conv.3", r"(decoder\d\.)norm2": r"\1conv.double_conv.4"}
 
 
-def theirs(name):
-    """CAT-Seg's name of one of our tensors."""
-    for ours, replacement in NAMES.items():
-        name = re.sub(ours, replacement, name)
-    return name
+def to_cat_seg(state):
+    """Our state dict under CAT-Seg's names, written independently of support/checkpoint.py."""
+    theirs = {}
+    for name, tensor in state.items():
+        for ours, replacement in NAMES.items():
+            name = re.sub(ours, replacement, name)
+        theirs[name] = tensor[None, None] if "padding_" in name else tensor
+    return theirs

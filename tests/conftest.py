@@ -77,7 +77,6 @@ def training(folder, tmp_path, monkeypatch):
         monkeypatch.setitem(TINY, "text_cfg", TINY["text_cfg"] | dict(width=32, heads=2))
         monkeypatch.setitem(train.TOY, "log_every", 1)
         monkeypatch.setattr(accidents, "stop_asked", False)
-        (tmp_path / name).mkdir(exist_ok=True)
         train.main(train.parse([*defaults, *map(str, flags)]))
         return tmp_path / name
 

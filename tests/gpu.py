@@ -13,18 +13,15 @@ import time
 import warnings
 from pathlib import Path
 
+import torch
+from PIL import Image
+from torch.profiler import profile
+
+import bench  # puts the project on the path
+import evaluate
+import train
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch.profiler import profile  # noqa: E402
-
-import evaluate  # noqa: E402
-import train  # noqa: E402
-from ema import MomentumEncoder  # noqa: E402
-from model import build  # noqa: E402
-
 FAST = "--pretrained none --tpa-steps 2 --eval-every 0 --steps 4 --precision fp32"
 WORK = tempfile.TemporaryDirectory()
 CPU = torch.device("cpu")
@@ -32,15 +29,10 @@ DEVICE = CPU if "--cpu" in sys.argv or not torch.cuda.is_available() else torch.
 
 
 def setup(device, precision, clip="tiny", size=64, K=20, batch=1):
-    """What a training step needs, on a device; the same for the same arguments."""
-    torch.manual_seed(0)
+    """What a training step needs, on a device."""
     args = train.parse(["--clip", clip, "--precision", precision])
-    model = build(clip, size, args.channels).train().to(device)
-    images = torch.randn(batch, 3, size, size).to(device)
-    labels = torch.randint(0, K, (batch, 8, 8))
-    labels = labels.repeat_interleave(size // 8, 1).repeat_interleave(size // 8, 2).to(device)
-    tokens = model.tokenize([f"thing number {i}" for i in range(K)])
-    return args, model, MomentumEncoder(model.image_encoder, 0.9), images, labels, tokens
+    names = [f"thing number {i}" for i in range(K)]
+    return args, *bench.setup(device, names, clip, size, args.channels, batch)
 
 
 def step_and_map(device, precision, K):
@@ -115,10 +107,6 @@ def nccl_and_sigterm():
     resume(2)
 
 
-def compiled():
-    assert_near(run("eager"), run("compiled", "--compile"))
-
-
 def cost(clip, size, batch, precision):
     """What a training step takes, with clipping and both waits, without a loader."""
     args, model, momentum, *inputs = setup(DEVICE, precision, clip, size, 171, batch)
@@ -156,14 +144,6 @@ def cost(clip, size, batch, precision):
     return f"{took}, peak {peak:.1f} GB, {waits} waits, {launches} launches"
 
 
-def attempt(check, *arguments):
-    """What a check says, or how it failed."""
-    try:
-        return check(*arguments) or "passed"
-    except Exception as e:
-        return f"failed: {type(e).__name__}: {' '.join(str(e).split())[-300:]}"
-
-
 def main():
     words = [word for word in sys.argv[1:] if word != "--cpu"] or [""]
     if DEVICE == CPU and "--cpu" not in sys.argv:
@@ -178,16 +158,20 @@ def main():
         B, L = "ViT-B-16-quickgelu", "ViT-L-14-336-quickgelu"
         checks += [("fp16", compare, DEVICE, "fp16", 20, 0.1), ("resume", resume),
                    ("nccl sigterm", nccl_and_sigterm),
-                   ("compiled", compiled),
+                   ("compiled", lambda: assert_near(run("eager"), run("compiled", "--compile"))),
                    ("a step, float32", cost, B, 384, 1, "fp32"),
                    ("a step", cost, B, 384, 1, "bf16"),
                    ("a step, batch 4", cost, B, 384, 4, "bf16"),
                    ("a step, ViT-L", cost, L, 384, 1, "bf16")]
     rows = [[torch.cuda.get_device_name() if DEVICE != CPU else "CPU", torch.__version__]]
-    for name, *check in checks:
+    for name, check, *arguments in checks:
         if any(word in name for word in words):
             print(f"{name} ...", flush=True)
-            rows.append([name, attempt(*check)])
+            try:
+                said = check(*arguments) or "passed"
+            except Exception as e:
+                said = f"failed: {type(e).__name__}: {' '.join(str(e).split())[-300:]}"
+            rows.append([name, said])
     print(f"\n{evaluate.format_table(rows)}")
     sys.exit(any(result.startswith("failed") for _, result in rows))
 

@@ -128,9 +128,6 @@ def assert_same_end(a, b):
     assert (x["start"], x["trained"]) == (y["start"], y["trained"])
 
 
-# Kills and signals
-
-
 def test_killed_at_any_moment_a_run_ends_bit_for_bit_like_an_undisturbed_one(start):
     """Weights, momentum, optimiser, log and results, also with other loaders."""
     often = ("--eval-every=2", "--save-every=1")
@@ -152,8 +149,10 @@ BREAK = "r, w = os.pipe(); os.close(r); os.dup2(w, 1); os.dup2(w, 2)"  # the rea
 
 
 def test_a_signal_finishes_the_step_and_saves(start):
-    """To a whole process group, with its loader, or to one process of two, which agree."""
-    runs = []
+    """To a whole process group, with its loader, or to one process of two, which agree. Before
+    training it ends the run at once."""
+    begin = "third(data, 'batches', lambda: signal.raise_signal(signal.SIGTERM))"
+    [early], runs = start("early", prelude=begin), []
     for fate, processes in (("(os.kill(0, signal.SIGTERM), os.kill(0, signal.SIGTERM))", 1),
                             (f"(exec({BREAK!r}), os.kill(0, signal.SIGINT))", 1),  # 2>&1 | tee log
                             ("signal.raise_signal(signal.SIGUSR1)", 2)):
@@ -165,12 +164,7 @@ def test_a_signal_finishes_the_step_and_saves(start):
         said = [ends(process, 130) for process in run]
         assert step_of(run[0].out) == 3 and not (run[0].out / "results.json").exists()
         assert "Traceback" not in "".join(said)
-
-
-def test_a_signal_before_training_ends_at_once(start):
-    prelude = "third(data, 'batches', lambda: signal.raise_signal(signal.SIGTERM))"
-    said = ends(start("o", prelude=prelude)[0], 130)
-    assert "Traceback" not in said
+    assert "Traceback" not in ends(early, 130) and not (early.out / "results.json").exists()
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored(monkeypatch):
@@ -182,38 +176,25 @@ def test_a_signal_that_nohup_ignores_stays_ignored(monkeypatch):
 
 
 def test_nan_stops_before_the_step_and_names_its_origin(training, tmp_path, monkeypatch):
-    calls, steps, loss, step = [], [], train.cpa_loss, torch.optim.AdamW.step
+    steps, loss, step = [], train.cpa_loss, torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append(0) or step(self))
-
-    def poisoned(*args):
-        calls.append(0)
-        return loss(*args) * (math.nan if len(calls) == 3 else 1)
-
-    monkeypatch.setattr(train, "cpa_loss", poisoned)
+    monkeypatch.setattr(train, "cpa_loss",
+                        lambda *args: loss(*args) * (math.nan if len(steps) == 2 else 1))
     with pytest.raises(UserError, match="^cpa_loss .*infinite at step 3; images .*jpg, .*jpg$"):
         training("a", "--tpa-steps=0", "--image-size=32")
     assert len(steps) == 2 and step_of(tmp_path / "a") == 2
 
 
 def test_an_error_in_a_step_keeps_the_steps_before(training, tmp_path, monkeypatch):
-    calls, loss = [], train.cpa_loss
-
-    def third_fails(*args):
-        calls.append(0)
-        if len(calls) == 3:
-            raise UserError("x.jpg can't be read")
-        return loss(*args)
-
-    monkeypatch.setattr(train, "cpa_loss", third_fails)
+    calls = [mock.DEFAULT, mock.DEFAULT, UserError("x.jpg can't be read"), *[mock.DEFAULT] * 4]
+    monkeypatch.setattr(train, "cpa_loss", mock.Mock(wraps=train.cpa_loss, side_effect=calls))
     flags = ("--tpa-steps=0", "--image-size=32", "--save-every=0", "--eval-every=2")
     with pytest.raises(UserError, match="x.jpg"):
         training("a", *flags)
-    assert step_of(tmp_path / "a") == 2
+    saved = torch.load(tmp_path / "a/last.pt", weights_only=True)
+    assert saved["step"] == 2 and saved["log"] == read_log(tmp_path / "a")
     log = read_log(training("a", *flags))  # and what was evaluated before is not done again
     assert [line["step"] for line in log if "mIoU_union" in line] == [0, 2, 4, 6]
-
-
-# Several processes and runs
 
 
 def test_one_of_two_processes_is_lost(start):
@@ -277,17 +258,13 @@ def test_restart_is_not_repeated_by_a_scheduler(monkeypatch, elastic, slurm):
     assert train.parse(["--restart"]).restart == (elastic + slurm == "00")
 
 
-@pytest.mark.parametrize("variables", [["RANK"], ["WORLD_SIZE"], ["RANK", "WORLD_SIZE"]])
-def test_half_an_environment_is_one_process(tmp_path, monkeypatch, variables):
-    for variable in variables:
-        monkeypatch.setenv(variable, "3")
+def test_half_an_environment_is_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "3")
     assert accidents.start_processes()[:2] == (0, 1)
     assert train.parse(["--batch-size=2"]).batch_size == 2
     accidents.lock_folder(tmp_path)
     assert (tmp_path / ".lock").exists()
-
-
-# Streams and homes
 
 
 def test_a_run_without_streams_and_one_without_home_or_name(start):
@@ -307,23 +284,10 @@ def test_streams_of_a_notebook_and_of_an_ascii_terminal():
     assert (notebook.getvalue(), terminal.buffer.getvalue()) == ("café\n", b"caf\\xe9\n")
 
 
-# Broken files
-
-
 def test_a_broken_picture_ends_the_run_with_its_path(start, folder):
     (folder / "images/train/3.jpg").write_bytes(b"\xff\xd8 no more")
     for [process] in [start(f"{n}", f"--workers={n}") for n in (0, 2)]:
         one_sentence(ends(process, 1), "3.jpg can't be read as an image")
-
-
-def broken(content, other, rng):
-    """{what was done to it: bytes}."""
-    flipped, middle = bytearray(content), len(content) // 2
-    for place in [*rng.integers(0, len(content), 20), *rng.integers(0, min(len(content), 60), 3)]:
-        flipped[place] ^= 1 << rng.integers(8)
-    return {"cut": content[:middle], "cut early": content[:9], "cut late": content[:-5],
-            "flipped": flipped, "head": flipped[:60] + content[60:], "empty": b"",
-            "zeros": bytes(2000), "noise": rng.bytes(500), "other": other, "doubled": content * 2}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -336,16 +300,21 @@ def test_broken_files_give_a_result_or_one_sentence(folder, tmp_path, monkeypatc
     read = {folder / "images/val/0.jpg": readers.read_image, tmp_path / "last.pt": checkpoint.load,
             folder / "masks/val/0.png": readers.read_mask, folder / "classes.txt": data.read_names,
             tmp_path / "mask.tif": readers.read_mask}
-    contents, rng, outcomes = [path.read_bytes() for path in read], np.random.default_rng(0), []
-    for i, path in enumerate(read):
+    rng, other, outcomes = np.random.default_rng(0), b"of another kind", []
+    for path in read:
         assert read[path](path) is not None
-        for harm, content in broken(contents[i], contents[i - 1], rng).items():
-            path.write_bytes(content)
+        content, flipped = path.read_bytes(), bytearray(path.read_bytes())
+        for place in (*rng.integers(0, len(content), 20), *rng.integers(0, len(content[:60]), 3)):
+            flipped[place] ^= 1 << rng.integers(8)
+        for harmed in (content[:len(content) // 2], content[:9], content[:-5], flipped, b"", other,
+                       flipped[:60] + content[60:], bytes(2000), rng.bytes(500), content * 2):
+            path.write_bytes(harmed)
             said = ""
             try:
                 read[path](path)
             except UserError as e:
                 said = str(e)
-            assert said.startswith(str(path) if said else "") and "\n" not in said, harm
+            assert said.startswith(str(path) if said else "") and "\n" not in said, harmed[:60]
             outcomes.append(said != "")
+        other = content
     assert len(outcomes) == 50 and sum(outcomes) > 30

@@ -87,9 +87,8 @@ def in_loaders(loader):
 @pytest.mark.skipif(not torch.__version__.startswith("2.14"), reason="uses internals of 2.14")
 def test_a_step_on_a_gpu_mixes_no_devices_and_waits_twice(training, folder, monkeypatch):
     """Mixed devices raise, also in TPA, evaluation and the log around the step."""
-    for i in (1, 2):
-        (folder / f"images/val/{i}.jpg").unlink()
-        (folder / f"masks/val/{i}.png").unlink()
+    for name in ("images/val/1.jpg", "images/val/2.jpg", "masks/val/1.png", "masks/val/2.png"):
+        (folder / name).unlink()
     waits, marks = Waits(), []  # how often it had waited before the step and after it
     for name, stub in {
             "torch.cuda.is_available": lambda: True,

@@ -38,8 +38,8 @@ def equations(patches, teacher, text, labels, ignore=IGNORE):
 
 
 def cosine(a, b):
-    dot = sum(float(x) * float(y) for x, y in zip(a, b))
-    return dot / math.sqrt(sum(float(x) ** 2 for x in a) * sum(float(y) ** 2 for y in b))
+    dot = sum(x * y for x, y in zip(a, b))
+    return dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
 
 
 def nearest(feature, text):
@@ -49,23 +49,22 @@ def nearest(feature, text):
 
 def by_loops(patches, teacher, text, labels):
     """The equations patch by patch: reference, q [B,L], prototypes [{class: v}], L_SPD, L_CPA."""
-    reference, q = torch.zeros(2, B, L, dtype=torch.bool)
+    reference, q = torch.zeros(2, *labels.shape, dtype=torch.bool)
     prototypes, spd, cpa = [], [], []
-    for b in range(B):
+    text = text.tolist()
+    for b, of_image in enumerate(labels.tolist()):
         members, errors, terms = {}, [], []
-        for p in range(L):
-            c = int(labels[b, p])
-            if nearest(teacher[b, p], text) == c:  # Eq. (1)
+        V, V_M = patches[b].tolist(), teacher[b].tolist()
+        for p, c in enumerate(of_image):
+            if nearest(V_M[p], text) == c:  # Eq. (1)
                 reference[b, p] = True
-                pairs = zip(patches[b, p], teacher[b, p])
-                errors.append(sum((float(x) - float(y)) ** 2 for x, y in pairs))  # Eq. (2)
-                members.setdefault(c, []).append(teacher[b, p])  # Eq. (3)
-        prototypes.append({c: torch.stack(v).mean(0) for c, v in members.items()})  # Eq. (4)
-        for p in range(L):
-            c = int(labels[b, p])
-            if nearest(patches[b, p], text) == c and c in members:
+                errors.append(sum((x - y) ** 2 for x, y in zip(V[p], V_M[p])))  # Eq. (2)
+                members.setdefault(c, []).append(V_M[p])  # Eq. (3)
+        prototypes.append({c: [*map(fmean, zip(*v))] for c, v in members.items()})  # Eq. (4)
+        for p, c in enumerate(of_image):
+            if nearest(V[p], text) == c and c in members:
                 q[b, p] = True
-                e = {k: math.exp(cosine(patches[b, p], v) / TAU) for k, v in prototypes[b].items()}
+                e = {k: math.exp(cosine(V[p], v) / TAU) for k, v in prototypes[b].items()}
                 terms.append(-math.log(e[c] / sum(e.values())))  # Eq. (5)
         spd += [fmean(errors)] if errors else []
         cpa += [fmean(terms)] if terms else []
@@ -84,7 +83,7 @@ def test_equations_1_to_5_equal_loops(seed):
     assert valid.tolist() == [[c in of_image for c in range(K)] for of_image in loop_prototypes]
     for b, of_image in enumerate(loop_prototypes):
         for c, v in of_image.items():
-            torch.testing.assert_close(prototypes[b, c], v, rtol=1e-12, atol=0)
+            assert prototypes[b, c].tolist() == pytest.approx(v, rel=1e-12)
     loss = cpa_loss(patches, prototypes, valid, labels, q, TAU)
     assert loss.item() == pytest.approx(cpa, rel=1e-12) and cpa > 0
 

@@ -17,7 +17,7 @@ from PIL import Image
 import data
 import evaluate
 import losses
-from model import PROMPT, Segmenter, Upsample, build, tokenize
+from model import Segmenter, build, tokenize
 from support import checkpoint
 
 GOLDEN = Path(os.environ.get("RPMD_GOLDEN") or ROOT.parent / "shared" / "golden")
@@ -90,29 +90,9 @@ def test_training_on_more_than_256_classes_reaches_every_parameter(small):
     assert [n for n, p in small.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-def test_up_and_conv1_equals_the_two_convolutions():
-    torch.manual_seed(0)
-    block = Upsample(8, 6, c_guidance=2).double()
-    x, guidance = torch.randn(6, 8, 5, 5).double(), torch.randn(2, 2, 10, 10).double()  # B=2, K=3
-    expected = block.conv1(torch.cat([block.up(x), guidance.repeat_interleave(3, 0)], 1))
-    torch.testing.assert_close(block.up_and_conv1(x, guidance), expected)
-
-
-def test_text_features_are_open_clips():
-    torch.manual_seed(0)
-    clip = open_clip.model.CLIP(**SMALL)
-    names = ["cat", "very old dining table"]
-    tokens = open_clip.tokenizer.SimpleTokenizer()([PROMPT.format(name) for name in names])
-    with torch.no_grad():
-        expected = clip.encode_text(tokens, normalize=True)
-        model = Segmenter(clip, 48, {}, C=32)
-        text = model.encode_text(model.tokenize(names))
-    torch.testing.assert_close(text, expected, rtol=1e-4, atol=1e-6)
-
-
 def test_names_are_read_by_their_first_synonym(tiny):
     assert torch.equal(tokenize(["cat, puss", "dog"]), tokenize([" cat ", "dog,cat"]))
-    assert tiny.tokenize(["cat"], prompt="{}").tolist() == [[49406, 2368, 49407]]
+    assert tiny.tokenize(["cat"]).shape == (1, 9)  # 7 words between the start and the end
 
 
 def test_a_clip_that_pools_by_averaging_keeps_each_positions_residual(tiny, small):
@@ -138,27 +118,6 @@ def test_what_trains(tiny, adapt):
     assert head == trained - clip
     tiny(torch.randn(1, 3, 64, 64), tiny.tokenize(["a", "b"]))[0].sum().backward()
     assert all((p.grad is not None) == p.requires_grad for p in tiny.parameters())
-
-
-def test_forward_is_its_steps(tiny):
-    images, tokens = torch.randn(2, 3, 64, 64), tiny.tokenize(["red", "blue thing"])
-    logits, patches, text = tiny(images, tokens)
-    v, middle = tiny.encode_image(images)
-    t = tiny.encode_text(tokens)
-    cost = tiny.cost(v, t)
-    assert patches.shape == (2, 64, 128) and text.shape == (2, 128)
-    assert cost.shape == (2, 2, 8, 8) and logits.shape == (2, 2, 32, 32)
-    x = tiny.head.aggregate(cost, v, t.expand(2, -1, -1))
-    assert torch.equal(tiny.head.decode(x, middle), logits)
-    assert torch.equal(tiny.compute_logits(v, middle, t), logits)
-    assert torch.equal(v, patches) and torch.equal(t, text)
-
-
-def test_the_prior_is_the_first_probability_of_each_class():
-    torch.manual_seed(0)
-    model = build("tiny", 64, 32, prior=0.08)
-    logits, _, _ = model(torch.randn(1, 3, 64, 64), model.tokenize(["red", "blue"]))
-    assert 0.04 < logits.sigmoid().mean().item() < 0.16
 
 
 def test_a_step_costs_two_thirds_of_cat_segs():

@@ -1,6 +1,5 @@
 """Training: what a step computes, what each flag does, and that processes, micro-batches, precision
 and compilation change nothing but how it is computed."""
-import contextlib
 import itertools
 import json
 import math
@@ -8,11 +7,9 @@ import os
 import re
 import subprocess
 import sys
-from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import train
@@ -22,10 +19,10 @@ from model import build
 from support.files import UserError
 from test_accidents import ends, read_log, start  # noqa: F401: a fixture
 from test_checkpoint import TEXT, VISION
+from test_losses import by_loops
 
 SMALL = ("--image-size=32", "--steps=2", "--tpa-steps=1")
 VALUES = "image_encoder.visual.transformer.resblocks.3.attn.v_proj_weight"
-FILES = {"last.pt", "log.jsonl", "results.json", "curves.png", "examples.png", ".lock"}
 
 
 @pytest.fixture
@@ -57,11 +54,9 @@ def start_of(seed=0):
     return build("tiny", 32, 16, prior=train.TOY["prior"]).state_dict()
 
 
-# A step
-
-
-def test_a_step_is_figure_1(tiny):
-    """Reference patches and prototypes are the momentum encoder's, Q and the losses the model's."""
+def test_a_step_is_figure_1(tiny, monkeypatch):
+    """Reference patches and prototypes are the momentum encoder's, Q and the losses the model's. In
+    the second image no patch is correct. Each loss is weighed by the images it is a mean over."""
     torch.manual_seed(1)
     momentum = MomentumEncoder(tiny.image_encoder, 0.0)
     with torch.no_grad():
@@ -70,48 +65,23 @@ def test_a_step_is_figure_1(tiny):
                 p.add_(0.1 * torch.randn_like(p))
     tokens = tiny.tokenize(["red", "green", "blue"])
     images, G = torch.randn(2, 3, 64, 64), torch.randint(-1, 3, (2, 64))
+    with torch.no_grad():
+        V, V_M, text = tiny.encode_image(images)[0], momentum(images)[0], tiny.encode_text(tokens)
+    G[1, (V[1] @ text.T).argmax(-1) == G[1]] = -1
     pixel_labels = G.reshape(2, 8, 8).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    counts = []
+    monkeypatch.setattr(train, "weigh_by_process", lambda losses, n: counts.extend(n) or losses)
     args = train.parse("--lambda-spd 2 --lambda-cpa 3 --spd-features raw".split())
     loss, figures = train.step_losses(tiny, momentum, images, pixel_labels, tokens, args)
-    with torch.no_grad():
-        text = tiny.encode_text(tokens)
-        V, V_M = tiny.encode_image(images)[0], momentum(images)[0]
-        cosines = [F.cosine_similarity(v[:, :, None], text, dim=-1) for v in (V, V_M)]
-        right, right_M = (cosine.argmax(-1) == G for cosine in cosines)
-        assert right.any() and right_M.any() and not torch.equal(right, right_M)
-        spd, cpa, in_q = [], [], 0
-        for b in range(2):
-            spd.append((V[b] - V_M[b]).square().sum(-1)[right_M[b]].mean())
-            valid = [c for c in range(3) if (right_M[b] & (G[b] == c)).any()]
-            P = torch.stack([V_M[b][right_M[b] & (G[b] == c)].mean(0) for c in valid])
-            terms = []
-            for p in range(64):
-                if right[b, p] and G[b, p] in valid:
-                    scores = F.cosine_similarity(V[b, p], P, dim=-1) / 0.1
-                    terms.append(-scores.log_softmax(0)[valid.index(G[b, p])])
-            cpa.append(sum(terms) / len(terms))
-            in_q += len(terms)
+    reference, q, _, spd, cpa = by_loops(V, V_M, text, G)
+    assert (q & ~reference).any() and (reference & ~q).any() and counts == [2, 1]
     figures = {name: value.item() for name, value in figures.items()}
-    assert figures["spd_loss"] == pytest.approx(sum(spd).item() / 2, rel=1e-4)
-    assert figures["cpa_loss"] == pytest.approx(sum(cpa).item() / 2, rel=1e-4)
-    assert figures["reference_patches"] == right_M.sum() and figures["contrast_patches"] == in_q
+    assert (figures["spd_loss"], figures["cpa_loss"]) == pytest.approx((spd, cpa), rel=1e-4)
+    assert figures["reference_patches"] == reference.sum()
+    assert figures["contrast_patches"] == q.sum()
     assert figures["labelled_patches"] == (G >= 0).sum()
     expected = figures["segmentation_loss"] + 2 * figures["spd_loss"] + 3 * figures["cpa_loss"]
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_each_loss_is_weighed_by_the_images_that_it_is_a_mean_over(monkeypatch):
-    """Both images have a reference patch; the student is right in the first one alone."""
-    student = mock.Mock(return_value=(torch.zeros(2, 2, 4, 4), torch.eye(2)[:, None], torch.eye(2)))
-    student.module.grid = (1, 1)
-    weighed = []
-    monkeypatch.setattr(train, "weigh_by_process",
-                        lambda losses, counts: weighed.extend(counts) or losses)
-    labels = torch.tensor([0, 0])[:, None, None].expand(2, 4, 4)
-    teacher = torch.eye(2)[[0, 0]][:, None]
-    train.step_losses(student, lambda images: (teacher, None), torch.zeros(2, 3, 4, 4), labels,
-                      None, train.parse([]))
-    assert [int(count) for count in weighed] == [2, 1]
 
 
 def test_a_run_its_log_and_what_comes_after(go, tmp_path):
@@ -164,26 +134,14 @@ def test_the_optimiser_decays_all_but_norms(tiny):
     assert not names, "some parameters are in no group"
 
 
-@pytest.mark.parametrize("fp16, loss, grad_norm, words", [
-    (True, 1.0, math.inf, None), (False, 1.0, math.inf, "the gradient, "),
-    (True, math.nan, 1.0, "spd_loss became")])
-def test_an_infinite_gradient_is_the_scalers_and_an_infinite_loss_nobodys(fp16, loss, grad_norm,
-                                                                          words):
-    figures = dict(segmentation_loss=torch.tensor(1.0), spd_loss=torch.tensor(loss))
-    scaler = torch.amp.GradScaler("cpu", enabled=fp16)
-    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
-        train.refuse_non_finite(figures, grad_norm, scaler, "step 1")
-
-
-# What flags do
-
-
-def test_adapt(go):
-    """(test_model.py: the other choices.)"""
-    a, _ = go("a", "--adapt=visual", "--steps=1")
-    start = start_of()
-    changed = {k.split(".")[0] for k, t in a["model"].items() if not torch.equal(t, start[k])}
-    assert changed == {"head", "image_encoder"} and a["args"]["tpa_steps"] == 0
+def test_an_infinite_gradient_is_the_scalers_and_an_infinite_loss_nobodys():
+    finite, nan = {"cpa_loss": torch.tensor(1.0)}, {"spd_loss": torch.tensor(math.nan)}
+    fp16, other = (torch.amp.GradScaler("cpu", enabled=enabled) for enabled in (True, False))
+    train.refuse_non_finite(finite, math.inf, fp16, "step 1")
+    with pytest.raises(UserError, match="the gradient, "):
+        train.refuse_non_finite(finite, math.inf, other, "step 1")
+    with pytest.raises(UserError, match="^spd_loss became"):
+        train.refuse_non_finite(finite | nan, 1.0, fp16, "step 1")
 
 
 @pytest.mark.parametrize("distill", ["frozen", "pooled", "none"])
@@ -207,12 +165,15 @@ def test_distill(go, distill):
     assert not torch.equal(a["model"][VALUES], start[VALUES])
 
 
-def test_mixed_precision(go):
-    """Near float32's losses, which are computed outside of it."""
+def test_adapt_and_mixed_precision(go):
+    """Near float32's losses, which are computed outside of it. (test_model.py: what adapts.)"""
     losses = {}
-    for precision in ("fp32", "bf16", "fp16"):
+    for precision in ("bf16", "fp16", "fp32"):
         flags = ("--steps=1", "--adapt=visual", f"--precision={precision}")
-        _, [losses[precision]] = go(precision, *flags)
+        a, [losses[precision]] = go(precision, *flags)
+    start = start_of()
+    changed = {k.split(".")[0] for k, t in a["model"].items() if not torch.equal(t, start[k])}
+    assert changed == {"head", "image_encoder"} and a["args"]["tpa_steps"] == 0
     full = losses.pop("fp32")
     for mixed in losses.values():
         assert mixed["segmentation_loss"] != full["segmentation_loss"]
@@ -265,9 +226,6 @@ def test_names_that_read_alike_are_refused_although_one_is_held_out(go, folder):
         go("a", "--unseen=Red thing")
 
 
-# Several processes
-
-
 def test_two_processes_equal_one_on_the_joined_batch(folder, start):
     """With images that have no label, and so no reference patch: each process has another number
     of those that count. SPD and CPA weigh much, and are not lost in L_SEG."""
@@ -308,32 +266,31 @@ def test_the_command_as_it_stands(command):
     process, home = command
     status, said = process.wait(200), (home / "said.txt").read_text()
     assert status == 0, said[-4000:]
-    assert {path.name for path in (home / "out/coco-stuff").iterdir()} == FILES
+    assert {path.name for path in (home / "out/coco-stuff").iterdir()} == {
+        ".lock", "last.pt", "log.jsonl", "results.json", "curves.png", "examples.png"}
     assert "171" in said and "zero-shot" in said
     assert "5000" in said  # in a complete download
 
 
 def test_what_a_resumed_run_may_change(go, folder, tmp_path, capsys):
-    """Its data may have moved, and it may go on for longer; it keeps the CLIP it began with."""
-    a, _ = go("a")
-    with pytest.raises(UserError, match="last.pt is at step 2 of --steps 1: use another --out"):
-        go("a", "--steps=1")
-    with pytest.raises(UserError, match="last.pt was trained with --tau 0.1, not 0.5: use another"):
-        go("a", "--tau=0.5")
+    """Its data may have moved; it keeps the CLIP it began with."""
+    a, _ = go("a", "--snapshot-every=1")
+    for flag, before, now in (("steps", "2", "3"), ("tau", "0.1", "0.5")):
+        with pytest.raises(UserError, match=f"trained with --{flag} {before}, not {now}: use"):
+            go("a", f"--{flag}={now}")
+    (tmp_path / "a/step-000001.pt").rename(tmp_path / "a/last.pt")
     moved = folder.rename(tmp_path / "moved")
-    b, _ = go("a", f"--dataset=folder:{moved}", "--steps=3", "--save-every=1")
-    assert b["step"] == 3 and "after step 2" in capsys.readouterr().out
-    torch.testing.assert_close(a["original"], b["original"], rtol=0, atol=0)
+    b, _ = go("a", f"--dataset=folder:{moved}", "--save-every=1")
+    assert "after step 1" in capsys.readouterr().out
+    for part in ("step", "original", "model"):
+        torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)
     for path in (moved / "masks/train/4.png", moved / "images/train/4.jpg"):
         path.rename(path.with_stem("7"))
     with pytest.raises(UserError, match="last.pt was trained with images"):
-        go("a", f"--dataset=folder:{moved}", "--steps=4")
+        go("a", f"--dataset=folder:{moved}")
     (moved / "classes.txt").write_text("red thing\ngreen thing\npink thing")
     with pytest.raises(UserError, match="last.pt was trained with .*blue thing.*, not .*pink"):
-        go("a", f"--dataset=folder:{moved}", "--steps=4")
-
-
-# Flags
+        go("a", f"--dataset=folder:{moved}")
 
 
 @pytest.mark.parametrize("flag", (
@@ -364,8 +321,7 @@ def test_defaults_follow_the_data(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--dataset folder:/nowhere", "/nowhere/classes.txt"), ("--unseen pink", "--unseen pink"),
-    ("--dataset nothing", "--dataset nothing: "), ("--pretrained /x.pt", "--pretrained /x.pt"),
+    ("--unseen pink", "--unseen pink"), ("--pretrained /x.pt", "--pretrained /x.pt"),
     ("--pretrained none --image-size 100", "--clip tiny with --image-size 100: "),
     ("--init-cat-seg /nowhere.pt", "/nowhere.pt: no such checkpoint")])
 def test_what_cannot_be_is_named(tmp_path, flags, words):

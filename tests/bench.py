@@ -1,7 +1,7 @@
 """What a training step costs, per part. Run by hand:
 
-    python tests/bench.py           a table: FLOPs, measured seconds and peak memory of a step
-    python tests/bench.py --json    the same as one JSON object
+    python tests/bench.py           JSON: FLOPs, measured seconds and peak memory of a step
+    python tests/bench.py --json    the same in one line
     python tests/bench.py --flops   FLOPs only: deterministic, and a matter of seconds
 
 ViT-B/16 (random weights), one 384 x 384 image, float32, K classes with names of COCO-Stuff's
@@ -112,7 +112,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--classes", type=int, nargs="+", default=[20, 171, 847])
-    add("--json", action="store_true", help="print one JSON object and nothing else")
+    add("--json", action="store_true", help="print it in one line")
     add("--flops", action="store_true", help="count, but don't measure")
     args = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU is measured
@@ -122,14 +122,7 @@ def main():
         if not args.flops:
             with multiprocessing.get_context("spawn").Pool(1) as alone:
                 result |= alone.apply(measure, (K,))
-        if not args.json:
-            print(f"K = {K}: {sum(result['flops'].values()) / 1e12:.3f} TFLOP")
-            for part, n in result["flops"].items():
-                print(f"  {part:14} {n / 1e12:6.3f} TFLOP")
-            if "seconds" in result:
-                print(f"  {result['seconds']:.2f} s, peak {result['peak_rss_gb']:.1f} GB")
-    if args.json:
-        print(json.dumps(results))
+    print(json.dumps(results, indent=None if args.json else 1))
 
 
 if __name__ == "__main__":

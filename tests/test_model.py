@@ -90,9 +90,20 @@ def test_training_on_more_than_256_classes_reaches_every_parameter(small):
     assert [n for n, p in small.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
+def test_text_features_are_open_clips():
+    torch.manual_seed(0)
+    clip = open_clip.model.CLIP(**SMALL)
+    prompts = [f"A photo of a {name} in the scene" for name in ("cat", "very old dining table")]
+    with torch.no_grad():
+        expected = clip.encode_text(open_clip.tokenizer.SimpleTokenizer()(prompts), normalize=True)
+        model = Segmenter(clip, 48, {}, C=32)
+        text = model.encode_text(model.tokenize(["cat", "very old dining table"]))
+    torch.testing.assert_close(text, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_names_are_read_by_their_first_synonym(tiny):
     assert torch.equal(tokenize(["cat, puss", "dog"]), tokenize([" cat ", "dog,cat"]))
-    assert tiny.tokenize(["cat"]).shape == (1, 9)  # 7 words between the start and the end
+    assert tiny.tokenize(["cat"]).shape == (1, 10)  # 8 words between a start and an end
 
 
 def test_a_clip_that_pools_by_averaging_keeps_each_positions_residual(tiny, small):

@@ -72,9 +72,12 @@ def open_dataset(name, root=None, split="val", classes=None, unseen=None):
 
 
 def hold_out(dataset, unseen):
-    """Take names out of a dataset's vocabulary, and their labels out of its masks."""
-    strange = [name for name in unseen if name not in dataset.names]
-    seen = [i for i, name in enumerate(dataset.names) if name not in unseen]
+    """Take names out of a dataset's vocabulary, and their labels out of its masks. The first of
+    comma-separated synonyms may stand for all."""
+    firsts = [name.partition(",")[0] for name in dataset.names]
+    strange = [name for name in unseen if name not in (*dataset.names, *firsts)]
+    seen = [i for i, (name, first) in enumerate(zip(dataset.names, firsts))
+            if name not in unseen and first not in unseen]
     if strange or not seen:
         raise UserError(f"--unseen {', '.join(strange or unseen)[:100]}: expected are some of the "
                         f"dataset's names, not all of them: {str(dataset.names)[:300]}")

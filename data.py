@@ -10,17 +10,15 @@ import torch
 from PIL import Image, ImageOps
 
 from losses import IGNORE, patch_labels
-from sources.benchmarks import BENCHMARKS, STRANGE, Files, Layout, open_benchmark
 from support import accidents
 from support.files import UserError, reading
 
 ROOT_HELP = ("folder of the benchmarks (default $RPMD_DATA, else $DETECTRON2_DATASETS, else "
              "./datasets)")
-NAMES = (*BENCHMARKS, "folder:PATH", "toy", "toy:N")
 REPORTED = ("ade20k-847", "pc-459", "ade20k-150", "pc-59", "voc-20", "voc-20b")  # by papers
+NAMES = ("coco-stuff", *REPORTED, "folder:PATH", "toy", "toy:N")  # for help
 # empty, a comment, JSON or YAML; a number, or one before or after a name; not printable; too long
 NO_NAME = re.compile(r"$|[#\[{]|-\s|\d+\s*([:;,=)]|$)|.*[:,]\s*\d|.*[;\0-\x1f\x7f-\x9f]|.{301}")
-LOADER_TIMEOUT = 300  # seconds that a loader process may take for a batch
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)  # CLIP's
 STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
 
@@ -41,17 +39,16 @@ def open_dataset(name, root=None, split="val", classes=None, unseen=None):
         from sources.toy import Scenes
         dataset = Scenes(int(where or 0), split)
     elif kind == "folder" and where:
+        from sources.benchmarks import Files, Layout
         folder = Path(where).expanduser()
         names = read_names(folder / "classes.txt")
         ignored = [value for value in (255, 65535) if value >= len(names)]
         layout = Layout("images/{split}/*", "masks/{split}/*", range(len(names)), ignored)
         dataset = Files(folder, split, names, layout)
-    elif name in BENCHMARKS:
-        variables = os.environ.get("RPMD_DATA") or os.environ.get("DETECTRON2_DATASETS")
-        root = Path(root or variables or "datasets")
-        dataset = open_benchmark(name, root, split)
     else:
-        raise UserError(f"--dataset {name}: known are {', '.join(NAMES)}")
+        from sources.benchmarks import open_benchmark
+        variables = os.environ.get("RPMD_DATA") or os.environ.get("DETECTRON2_DATASETS")
+        dataset = open_benchmark(name, Path(root or variables or "datasets"), split)
     if classes is not None:
         names, needed = read_names(classes), len(dataset.names)
         if len(names) != needed and not (name == "voc-20b" and len(names) > 20):
@@ -81,10 +78,10 @@ def hold_out(dataset, unseen):
     if strange or not seen:
         raise UserError(f"--unseen {', '.join(strange or unseen)[:100]}: expected are some of the "
                         f"dataset's names, not all of them: {str(dataset.names)[:300]}")
-    rank = np.full(len(dataset.names) - STRANGE, IGNORE)  # -1 and -2 count from the end
+    rank = np.full(len(dataset.names), IGNORE)
     rank[seen] = range(len(seen))
-    rank[STRANGE] = STRANGE
-    dataset.lookup, dataset.names = rank[dataset.lookup], [dataset.names[i] for i in seen]
+    dataset.lookup = np.where(dataset.lookup < 0, dataset.lookup, rank[dataset.lookup])
+    dataset.names = [dataset.names[i] for i in seen]
 
 
 def read_names(classes, flag="--classes"):
@@ -234,7 +231,7 @@ def batches(crops, batch_size, start, stop, rank=0, world=1, workers=0, device="
     draws = (range(first, first + b) for first in firsts)
     for images, pixel_labels, paths in in_loaders(torch.utils.data.DataLoader(
             crops, batch_sampler=draws, num_workers=workers, pin_memory=torch.cuda.is_available(),
-            worker_init_fn=accidents.leave_group, timeout=LOADER_TIMEOUT if workers else 0)):
+            worker_init_fn=accidents.leave_group, timeout=300 if workers else 0)):
         images = normalise(images.to(device, non_blocking=True))
         yield images, pixel_labels.to(device, non_blocking=True).long(), paths
 

@@ -23,7 +23,6 @@ from tqdm import tqdm
 import data
 from losses import IGNORE, correctly_classified, patch_labels
 from model import first_synonym
-from sources.readers import read_image
 from support import accidents, checkpoint
 from support.files import UserError, reading, write_json
 
@@ -109,6 +108,7 @@ def segment(model, image, names, **options):
     """Label every pixel of an image (a path, a PIL image, or uint8 [H,W,3]) with one of the names,
     a list of strings, or text as for --classes. Returns int64 [H,W], indices into names. options:
     those of `class_scores`; sliding=False looks only once. Raises UserError."""
+    from sources.readers import read_image
     names = names if isinstance(names, str) else list(names)
     names = data.read_names(names, "the list of names")
     check_names(model, names, own_words=True)
@@ -296,6 +296,7 @@ def result_path(name, dataset, args):
 def label_pictures(model, trained_on, args):
     """--image: label pictures, or all files of folders, with --classes. Those that can't be read
     are listed at the end, as a UserError."""
+    from sources.readers import read_image
     from support import pictures
     if not args.classes:
         raise UserError('--image needs --classes, as in --classes "cat, sofa, wooden floor"')

@@ -88,6 +88,9 @@ BENCHMARKS = {
 
 def open_benchmark(name, root, split):
     """The benchmark of this name, from the first of its layouts that is there."""
+    if name not in BENCHMARKS:
+        raise UserError(f"--dataset {name}: known are {', '.join(BENCHMARKS)}, folder:PATH, toy, "
+                        "toy:N")
     layouts, expected = BENCHMARKS[name]
     if split not in expected:
         raise UserError(f"--dataset {name} is for evaluation only: train on voc-20")

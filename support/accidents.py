@@ -45,8 +45,6 @@ def door():
         said = (f"error: rank {dist.get_rank()} lost contact with another process "
                 f"({str(e).strip().splitlines()[0]}); that process says why, unless it hangs or "
                 "was killed")
-    finally:
-        sys.stdout.flush()
     print(said, file=sys.stderr, flush=True)
     if dist.is_initialized():
         os._exit(status)  # at once: threads of collectives would wait for the other processes

@@ -376,7 +376,6 @@ def main(args):
 
     far = 10 ** 9  # a step that nobody reaches: these 32 crops or so are not trained on
     sample = list(batches(args.batch_size, far, far + max(1, 32 // args.batch_size)))
-
     share = functools.partial(reference_share, model, momentum, tokens, sample)
 
     def evaluation(zero_shot=False):

@@ -265,14 +265,14 @@ def test_doubtful_names_are_told(tiny, folder, command, capsys, monkeypatch):
 
 def test_examples_show_three_images(tiny, folder, monkeypatch):
     """Patches that are named correctly are kept, before training and by the momentum encoder."""
-    dataset, sheets = data.open_dataset(f"folder:{folder}"), []
+    dataset, sheets = data.open_dataset(f"folder:{folder}", classes="red, Green, blue"), []
     monkeypatch.setattr(pictures, "sheet", lambda path, *sheet: sheets.append(sheet))
     monkeypatch.setattr(evaluate, "correctly_classified", lambda patches, *_: patches[..., 0] > 0)
     for momentum in (None, lambda view: (torch.ones(1, 64, 2), None)):
-        evaluate.examples("x.png", tiny, tiny, momentum, dataset, ["Green thing", "blue thing"])
+        evaluate.examples("x.png", tiny, tiny, momentum, dataset, ["green", "blue"])
     (titles, rows, legend, caption), (_, with_momentum, *_) = sheets
     assert len(rows) == 3 and len(titles) == len(rows[0]) == 5
     starred = [entry.get_label() for entry in legend if "*" in entry.get_label()]
-    assert "* " in caption and starred == [" red thing *"]
+    assert "* " in caption and starred == [" red *"]
     for row in with_momentum:
         assert np.array_equal(row[3], row[0]) and not np.array_equal(row[2], row[0])

@@ -71,7 +71,7 @@ def open_dataset(name, root=None, split="val", classes=None, unseen=None):
 def hold_out(dataset, unseen):
     """Take names out of a dataset's vocabulary, and their labels out of its masks. The first of
     comma-separated synonyms may stand for all."""
-    firsts = [name.partition(",")[0] for name in dataset.names]
+    firsts = [name.partition(",")[0].strip() for name in dataset.names]
     strange = [name for name in unseen if name not in (*dataset.names, *firsts)]
     seen = [i for i, (name, first) in enumerate(zip(dataset.names, firsts))
             if name not in unseen and first not in unseen]
@@ -88,7 +88,7 @@ def read_names(classes, flag="--classes"):
     """Class names: a list, a file (one a line) or text (split at commas and line ends). A file or
     text may also be a JSON list. Raises UserError, also for what is hardly a name, as `0: red`."""
     where, separator, names = flag, r"[,\n]\s*", classes
-    if isinstance(names, str) and (os.path.isfile(names) or names.endswith((".txt", ".json"))):
+    if isinstance(names, str) and (os.path.isfile(names) or re.search(r"\.(txt|csv|json)$", names)):
         classes = Path(classes)
     if isinstance(classes, Path):
         where, separator = classes, "\n"

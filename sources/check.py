@@ -3,10 +3,12 @@
 reads every file. It prints what is broken, or the share of each class and what is doubtful, and
 draws samples into out/check. The first dataset that can't be used ends it, with status 1."""
 import argparse
+import functools
+import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import data
@@ -29,9 +31,9 @@ def inspect(dataset, i):
 def check(dataset, title):
     """Read a dataset and print what is in it. Raises UserError if it can't be used as it is."""
     print(f"{title}: {dataset.description}")
-    with ThreadPoolExecutor() as pool:
-        items = pool.map(lambda i: inspect(dataset, i), range(len(dataset)))
-        items = list(tqdm(items, "reading", len(dataset), leave=False))
+    loader = torch.utils.data.DataLoader(range(len(dataset)), None, num_workers=os.cpu_count(),
+                                         collate_fn=functools.partial(inspect, dataset))
+    items = list(tqdm(data.in_loaders(loader), "reading", len(dataset), leave=False))
     wrong = [item for item in items if isinstance(item, UserError)]
     if wrong:
         print(*wrong, sep="\n")
@@ -55,9 +57,11 @@ def main():
     parser = argparse.ArgumentParser("python -m sources.check", description="Check datasets.")
     parser.add_argument("names", nargs="+", metavar="NAME", help=", ".join(data.NAMES))
     parser.add_argument("--data-root", help=data.ROOT_HELP)
+    parser.add_argument("--split", choices=("train", "val"), help="default: both")
     args = parser.parse_args()
     for name in args.names:
-        for split in ("val",) if name == "voc-20b" else ("train", "val"):
+        splits = ["val"] if name == "voc-20b" else ["train", "val"]
+        for split in [args.split] if args.split else splits:
             check(data.open_dataset(name, args.data_root, split), f"{name} {split}")
 
 

@@ -22,8 +22,8 @@ stop_asked = False  # by a signal during training
 
 @contextlib.contextmanager
 def door():
-    """Stands around a main function. A UserError, too little memory and the loss of another process
-    end it with a sentence and status 1, a signal with 130; any other exception is a bug and keeps
+    """Stands around a main function. A UserError, a full GPU and the loss of another process end it
+    with a sentence and status 1, a signal with 130; any other exception is a bug and keeps
     its traceback."""
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     answer_signals(signal.default_int_handler)  # raises KeyboardInterrupt
@@ -38,7 +38,7 @@ def door():
     except KeyboardInterrupt:
         status, said = 130, "stopped"
     except torch.OutOfMemoryError as e:
-        said = f"error: {e}; in training, --accumulate 2 halves the images that a GPU holds at once"
+        said = f"error: {e}; with several images at once in training, --accumulate 2 halves them"
     except RuntimeError as e:
         if not dist.is_initialized() or not re.search("gloo|nccl", str(e), re.IGNORECASE):
             raise

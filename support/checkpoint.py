@@ -180,7 +180,7 @@ def resume(path, model, original, momentum, optimiser, scaler, log, args, names,
             for name, value in identity(args, names, data).items():
                 if name not in FREE and before.get(name) != value:
                     raise UserError(f"{path} was trained with {name} {str(before.get(name))[:200]},"
-                                    f" not {str(value)[:200]}: use another --out, or --restart")
+                                    f" not {str(value)[:200]}: use that, or another --out")
             if type(step) is not int or not 0 <= step <= args["steps"]:
                 raise ValueError(f"it claims to be at step {step} of {args['steps']}")
             model.load_state_dict(state["model"])

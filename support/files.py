@@ -29,7 +29,7 @@ def reading(path, kind):
         if isinstance(e, KeyError):
             said = f"there is no {said} in it"
         if isinstance(e, pickle.UnpicklingError):  # torch advises to run what is in the file
-            said = "it holds more than tensors, numbers and text"
+            said = "it is damaged, or holds more than tensors, numbers and text"
         raise UserError(f"{path} can't be read as {kind} ({said[:300]})") from e
 
 

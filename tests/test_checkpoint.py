@@ -80,6 +80,9 @@ def test_what_is_saved_is_resumed(saved, make):
     assert_equal(run["model"].state_dict(), checkpoint.load(path).state_dict())
     for k in ("image_encoder", "text_encoder"):
         assert_equal(*(getattr(each["original"], k).state_dict() for each in (run, again)))
+    for flag in checkpoint.FREE:
+        other = run["args"] | {flag[2:].replace("-", "_"): "other"}
+        assert checkpoint.resume(path, **again | {"args": other}) == 3
     for each in (run, again):  # the optimisers' moments are equal too
         take_step(each)
     for k in ("model", "momentum"):

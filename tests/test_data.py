@@ -106,6 +106,7 @@ def test_names_held_out(folder):
     put(folder, np.full((60, 80), 7, np.uint8))
     refused("0.png holds the value 7, which is none of 3 classes", part.load, 0)
     refused("--unseen x: expected are some of", trained, folder, unseen="x")
+    refused("--unseen .* name 1 is ''", trained, folder, unseen="")
     refused("--unseen red .*not all of them", trained, folder, unseen=part.names + ["green thing"])
     whole, part = (open_dataset("toy", None, "train", unseen=u) for u in (None, "sand, brick"))
     names, left = np.array(whole.names)[whole.load(0)[1]], part.load(0)[1]
@@ -117,7 +118,7 @@ def test_names_held_out(folder):
     ("sky, road,, tree", "--classes .* name 3 is ''"), ('["a", 3]', "name 2 is '3'"),
     ([], "should hold 1 to 32767 class names"), ([f"c{i}x" for i in range(32_768)], "holds 32768"),
     ("a, b, a", "names 'a' twice"), (Path("no.csv"), "no.csv can't be read as class names"),
-    ("no.txt", "no.txt can't be read as class names"), ("0 red\n1 blue", "name 1 is '0 red'"),
+    ("no.csv", "no.csv can't be read as class names"), ("0 red\n1 blue", "name 1 is '0 red'"),
     ("# label:color_rgb\na", "name 1 is '# label:color_rgb'"), ("a\n0: red", "name 2 is '0: red'"),
     ("0,red", "name 1 is '0'"), ("background:0,0,0::", "'background:0'"), ("- a", "name 1"),
     ("a; b", "name 1 is 'a; b'"), ('{"0": "red"}', "name 1 is '{"),
@@ -261,6 +262,7 @@ def checked(folder, capsys):
 def test_check_reads_a_whole_dataset(folder, capsys, monkeypatch):
     drawn = []
     monkeypatch.setattr("support.pictures.labelled", lambda path, *rows: drawn.append(rows))
+    monkeypatch.setattr("os.cpu_count", lambda: 0)  # loaders
     monkeypatch.setattr("sys.argv", ["check.py", f"folder:{folder}"])
     check.main()
     assert "train: usable; samples" in (said := capsys.readouterr().out) and "val: usable" in said

@@ -223,10 +223,12 @@ def test_nothing_is_overwritten_by_something_else(tmp_path):
     assert len(set(paths)) == len(paths)
 
 
-def test_pictures_of_ones_own(tmp_path, command, monkeypatch):
+def test_pictures_of_ones_own(tiny, tmp_path, command, monkeypatch):
     """What can't be read is named, the others are done; no two are written to one file."""
     own, sheets = tmp_path / "my pictures", []
     monkeypatch.setattr(pictures, "sheet", lambda path, *_: sheets.append(path.name))
+    labelled = mock.Mock(wraps=pictures.labelled)
+    monkeypatch.setattr(pictures, "labelled", labelled)
     own.mkdir()
     photo(130, 90).save(own / "a.jpg")
     photo(100, 80).convert("RGBA").save(own / "a.png")
@@ -241,6 +243,8 @@ def test_pictures_of_ones_own(tmp_path, command, monkeypatch):
     assert "broken.jpg can't" in said and "a.HEIC can't" in said
     assert f"{tmp_path / 'a.jpg'} would overwrite {own / 'a.jpg'}.rpmd.png" in said
     assert sheets == ["a.jpg.rpmd.png", "a.png.rpmd.png"]
+    ((_, labels),) = labelled.call_args_list[0].args[1]
+    assert np.array_equal(labels, evaluate.segment(tiny, own / "a.jpg", ["cat", "wooden floor"]))
     assert "a.jpg.rpmd.png: " in said and "% cat" in said
     (tmp_path / "empty").mkdir()
     assert "there is no picture" in command("--classes=cat", f"--image={tmp_path}/empty")[1]

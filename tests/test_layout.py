@@ -53,9 +53,3 @@ def test_training_imports_nothing_that_it_may_not_need():
     assert {"evaluate", "support.accidents"} <= modules
     unneeded = ("matplotlib", "study", "sources", "support.pictures")
     assert not {module for module in modules if module.startswith(unneeded)}
-
-
-def test_every_line_fits():
-    for path in (*FILES.values(), *ROOT.glob("tests/*.py")):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            assert len(line) <= 100, f"{path}:{number} has {len(line)} columns"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import data
 from losses import IGNORE, correctly_classified, patch_labels
-from model import first_synonym
+from model import first_synonym, tokenize
 from support import accidents, checkpoint
 from support.files import UserError, reading, write_json
 
@@ -124,13 +124,13 @@ def check_names(model, names, own_words=False, trained_on=""):
     """Names that the text encoder reads alike, or only in part, so that one of them can never be
     predicted: a UserError if the user chose them, else a note. trained_on: the checkpoint's
     dataset; the CLIP of a toy world knows only its words."""
-    first = {}
+    first, context = {}, model.text_encoder.context_length
     for name, tokens in zip(names, model.tokenize(names).tolist()):
         other, problem = first.setdefault(tuple(tokens), name), ""
         if other != name:
             problem = (f"the text encoder reads the names {other!r} and {name!r} alike, so one of "
                        "them can never be predicted")
-        elif len(tokens) == model.text_encoder.context_length and tokens[-1]:
+        elif tokens[-1] and tokenize([name], context + 1).shape[1] > context:
             problem = f"the name {name[:100]!r} is too long for the text encoder"
         if problem and own_words:
             raise UserError(problem)

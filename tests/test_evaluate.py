@@ -258,6 +258,7 @@ def test_doubtful_names_are_told(tiny, folder, command, capsys, monkeypatch):
     assert status == 1 and "'Sky'" in said and "'sky'" in said
     evaluate.check_names(tiny, ["Sky", "sky"])
     assert capsys.readouterr().out.startswith("note: ")
+    evaluate.check_names(tiny, ["cat " * 11], own_words=True)  # 9 of the prompt and its ends
     with pytest.raises(UserError, match="too long for the text"):
         evaluate.check_names(tiny, ["dog", "cat " * 12], own_words=True)
     said = command(own, args=args)[1]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from losses import IGNORE, patch_labels
+from losses import IGNORE
 from support import accidents
 from support.files import UserError, reading
 
@@ -17,8 +17,8 @@ ROOT_HELP = ("folder of the benchmarks (default $RPMD_DATA, else $DETECTRON2_DAT
              "./datasets)")
 REPORTED = ("ade20k-847", "pc-459", "ade20k-150", "pc-59", "voc-20", "voc-20b")  # by papers
 NAMES = ("coco-stuff", *REPORTED, "folder:PATH", "toy", "toy:N")  # for help
-# empty, a comment, JSON or YAML; a number, or one before or after a name; not printable; too long
-NO_NAME = re.compile(r"$|[#\[{]|-\s|\d+\s*([:;,=)]|$)|.*[:,]\s*\d|.*[;\0-\x1f\x7f-\x9f]|.{301}")
+# empty, quoted, a list's item; a number, or one before or after a name; JSON, YAML, XML; too long
+NO_NAME = re.compile(r"""\s*$|[#,"'*(/]|-\s|\d+\s*([:,)]|$)|.*[,:=|]\s*\d|.*[][{}<>;]|.{301}""")
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)  # CLIP's
 STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
 
@@ -88,7 +88,7 @@ def read_names(classes, flag="--classes"):
     """Class names: a list, a file (one a line) or text (split at commas and line ends). A file or
     text may also be a JSON list. Raises UserError, also for what is hardly a name, as `0: red`."""
     where, separator, names = flag, r"[,\n]\s*", classes
-    if isinstance(names, str) and (os.path.isfile(names) or re.search(r"\.(txt|csv|json)$", names)):
+    if isinstance(names, str) and (os.path.isfile(names) or re.search(r"\.[a-z]{3,5}$", names)):
         classes = Path(classes)
     if isinstance(classes, Path):
         where, separator = classes, "\n"
@@ -103,7 +103,7 @@ def read_names(classes, flag="--classes"):
         raise UserError(f"{where} should hold 1 to 32767 class names, and holds {len(names)}")
     numbered = len(names) > 1 and all(re.match(r"\d+\W", str(name)) for name in names)
     for i, name in enumerate(names, 1):
-        if numbered or not isinstance(name, str) or NO_NAME.match(name):
+        if numbered or not isinstance(name, str) or NO_NAME.match(name) or not name.isprintable():
             raise UserError(f"{where} should hold names of classes alone (a file, one a line), of "
                             f"at most 300 letters each, and name {i} is {str(name)[:100]!r}")
     if len(set(names)) < len(names):
@@ -122,20 +122,9 @@ def doubt(dataset, counts):
     absent = [name for name, n in zip(dataset.evaluated, counts) if n == 0]
     # masks of 0 and 255: all classes but one have pixels, or one class alone has
     one_apart = len(absent) == 1 or 0 < len(absent) == len(dataset.evaluated) - 1
-    if dataset.own_words and one_apart and counts[-1] > 0.001 * counts.sum():
+    if dataset.own_words and one_apart and counts[-1] > 0.0001 * counts.sum():
         return f"no pixel is {absent[0]!r}, and some have no label: is it stored as 255?"
     return ""
-
-
-def first_look(crops, grid):
-    """Warn of what is doubtful about the labels of the first 32 training crops."""
-    pixel_labels = torch.stack([crops[draw][1] for draw in range(32)])  # [32,S,S]
-    said = doubt(crops.dataset, count_labels(pixel_labels, len(crops.dataset.names)))
-    if said:
-        accidents.say(f"warning: of the first training crops {said}")
-    if (patch_labels(pixel_labels, grid) == IGNORE).all():
-        accidents.say("warning: no patch of the first training crops has a label on most of its "
-                      "pixels: SPD and CPA are 0")
 
 
 def normalise(images):
@@ -199,20 +188,17 @@ def augment(image, pixel_labels, size, jitter, rng):
 def colour_jitter(image, strength, rng):
     """SSD's photometric distortion of a PIL image: brightness, contrast, saturation and hue, each
     with probability one half, the contrast before or after the others. strength 1 is SSD's."""
-    with_brightness, with_contrast, with_saturation, with_hue, first = rng.uniform(size=5) < 0.5
-    b, c, s, h = strength * rng.uniform(-1, 1, 4)
-    if with_brightness:
-        image = stretch(image, 1, 32 * b)
-    if with_contrast and first:
+    *happens, contrast_first = rng.uniform(size=5) < 0.5
+    b, c, s, h = strength * rng.uniform(-1, 1, 4) * happens  # 0 changes nothing
+    image = stretch(image, 1, 32 * b)
+    if contrast_first:
         image = stretch(image, 1 + 0.5 * c, 0)
-    if with_saturation or with_hue:
+    if s or h:  # the way to HSV and back is not exact
         hue, saturation, value = image.convert("HSV").split()
-        if with_saturation:
-            saturation = saturation.point([int(min(v * (1 + 0.5 * s), 255)) for v in range(256)])
-        if with_hue:  # at most 18 of OpenCV's 180 steps
-            hue = hue.point([int(v + 18 * h * 256 / 180) % 256 for v in range(256)])
+        saturation = saturation.point([int(min(v * (1 + 0.5 * s), 255)) for v in range(256)])
+        hue = hue.point([int(v + 18 * h * 256 / 180) % 256 for v in range(256)])  # OpenCV's: 180
         image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    if with_contrast and not first:
+    if not contrast_first:
         image = stretch(image, 1 + 0.5 * c, 0)
     return image
 

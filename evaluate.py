@@ -109,7 +109,7 @@ def segment(model, image, names, **options):
     a list of strings, or text as for --classes. Returns int64 [H,W], indices into names. options:
     those of `class_scores`; sliding=False looks only once. Raises UserError."""
     from sources.readers import read_image
-    names = names if isinstance(names, str) else list(names)
+    names = names if isinstance(names, (str, Path)) else list(names)
     names = data.read_names(names, "the list of names")
     check_names(model, names, own_words=True)
     return label_map(model.eval(), read_image(image), encode_names(model, names), **options)
@@ -211,14 +211,18 @@ def evaluate(model, dataset, seen=None, zero_shot=False, rank=0, world=1):
     text = encode_names(model.eval(), dataset.names)
     K = len(dataset.evaluated)
     total = torch.zeros(K, K, dtype=torch.int64, device=text.device)
+    counts = 0
     for i in tqdm(range(rank, len(dataset), world), "evaluating", disable=rank > 0, leave=False):
         if accidents.stop_asked:
             raise KeyboardInterrupt
         image, pixel_labels, _ = dataset.load(i)
+        counts += data.count_labels(pixel_labels, K)
         prediction = predict(model, dataset, image, text, zero_shot)
         total += confusion_matrix(prediction, torch.from_numpy(pixel_labels).to(text.device), K)
     if world > 1:
         dist.all_reduce(total)
+    if said := data.doubt(dataset, counts):  # of this process's images
+        accidents.say(f"warning: {said}")
     return summary(total, dataset.evaluated, seen)
 
 
@@ -330,13 +334,13 @@ def label_pictures(model, trained_on, args):
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
+    add, either = p.add_argument, p.add_mutually_exclusive_group().add_argument
     add("--checkpoint", required=True, help="checkpoint of train.py, or one that CAT-Seg published")
-    add("--datasets", nargs="+", default=["toy"], metavar="NAME",
+    either("--datasets", nargs="+", default=["toy"], metavar="NAME",
         help=f"{', '.join(data.NAMES)}; all: {', '.join(data.REPORTED)} (default toy)")
     add("--data-root", help=data.ROOT_HELP)
-    add("--image", nargs="+", metavar="PATH", help="label these pictures or folders instead; "
-                                                    "needs --classes")
+    either("--image", nargs="+", metavar="PATH", help="label these pictures or folders instead; "
+                                                       "needs --classes")
     add("--classes", help="class names, a file or comma-separated; replace a dataset's own")
     add("--zero-shot", action="store_true", help="the original CLIP, without the head")
     add("--out", help="folder for results (default: eval/ beside the checkpoint; with --image, "

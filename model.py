@@ -9,7 +9,6 @@ The result is CAT-Seg's to rounding (test_equals_cat_seg_written_literally). Whe
 faster than the obvious line, that line is in the docstring. B images, L = H*W patches, K classes,
 D width of the joint embedding, C channels of the head.
 """
-import functools
 import math
 
 import open_clip
@@ -21,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 PROMPT = "A photo of a {} in the scene"  # CAT-Seg's
 MAX_CLASSES = 256  # the head sees at most this many per image; the others get a logit of -100
-make_tokenizer = functools.cache(open_clip.tokenizer.SimpleTokenizer)
 TINY = dict(  # the toy world's CLIP
     embed_dim=128,
     vision_cfg=dict(image_size=64, patch_size=8, width=128, layers=4, head_width=32,
@@ -193,7 +191,7 @@ def tokenize(names, context_length=77):
     """K class names in a prompt -> tokens [K,n], n being the longest one's length. Of
     comma-separated synonyms the first counts."""
     prompts = [PROMPT.format(first_synonym(name)) for name in names]
-    tokens = make_tokenizer()(prompts, context_length)
+    tokens = open_clip.tokenize(prompts, context_length)
     longest = tokens.argmax(-1).max() + 1
     return tokens[:, :longest]
 
@@ -426,24 +424,48 @@ class Head(nn.Module):
         return torch.cat([function(part, *guidance) for part in x.split(chunk, 1)], 1)
 
 
-class Segmenter(nn.Module):
-    """CLIP's two encoders and the head. config: what `build` needs to make the same again. head:
-    further arguments of `Head`."""
+def clip_sizes(clip):
+    """The arguments of open_clip.model.CLIP for "tiny" or the name of one of open_clip's CLIPs with
+    a plain ViT and CLIP's own text encoder. Raises ValueError for any other name."""
+    if clip == "tiny":
+        return TINY
+    if clip not in open_clip.list_models():
+        raise ValueError(f"open_clip has no model {clip!r} (open_clip.list_models() lists them)")
+    sizes = open_clip.get_model_config(clip)
+    text_keys = {"context_length", "vocab_size", "width", "heads", "layers"}
+    if (not isinstance(sizes["vision_cfg"].get("layers"), int)
+            or sizes["text_cfg"].keys() - text_keys
+            or sizes.keys() - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}):
+        raise ValueError(f"{clip} is no CLIP with a plain ViT and CLIP's own text encoder")
+    return sizes
 
-    def __init__(self, clip, image_size, config, **head):
+
+class Segmenter(nn.Module):
+    """CLIP's two encoders and the head.
+
+    clip: "tiny", or one of open_clip's CLIPs with a ViT, such as "ViT-B-16-quickgelu". image_size:
+    side of the training crops. channels: width of the head. network: an open_clip.model.CLIP of
+    this name (default: with random weights). prior: see `Head`. Raises ValueError for another kind
+    of CLIP and for sizes that do not fit."""
+
+    def __init__(self, clip, image_size=384, channels=128, network=None, prior=None):
         super().__init__()
-        visual = clip.visual
-        self.config = config
+        sizes = clip_sizes(clip)
+        if not 16 <= image_size <= 2048:
+            raise ValueError(f"the image size should lie within 16..2048, not {image_size}")
+        network = network or open_clip.model.CLIP(**sizes)
+        visual = network.visual
+        self.config = dict(clip=clip, image_size=image_size, channels=channels)  # to build it again
         self.image_size = image_size
         self.image_encoder = ImageEncoder(visual, image_size)
-        self.text_encoder = TextEncoder(clip)
-        self.logit_scale = clip.logit_scale
+        self.text_encoder = TextEncoder(network)
+        self.logit_scale = network.logit_scale
         side = self.image_encoder.grid
         if side % 2 or image_size % side:
             raise ValueError(f"an image size of {image_size} gives {side} x {side} patches; the "
                              "head needs an even number that divides the size")
         self.grid = (side, side)  # rows, columns of patches
-        self.head = Head(visual.output_dim, visual.conv1.out_channels, side, **head)
+        self.head = Head(visual.output_dim, visual.conv1.out_channels, side, channels, prior)
         self.set_trained("both")
 
     def tokenize(self, names):
@@ -496,31 +518,4 @@ class Segmenter(nn.Module):
         self.image_encoder.visual.transformer.resblocks[-1].attn.q_proj_weight.requires_grad = False
 
 
-def clip_sizes(clip):
-    """The arguments of open_clip.model.CLIP for "tiny" or the name of one of open_clip's CLIPs with
-    a plain ViT and CLIP's own text encoder. Raises ValueError for any other name."""
-    if clip == "tiny":
-        return TINY
-    if clip not in open_clip.list_models():
-        raise ValueError(f"open_clip has no model {clip!r} (open_clip.list_models() lists them)")
-    sizes = open_clip.get_model_config(clip)
-    text_keys = {"context_length", "vocab_size", "width", "heads", "layers"}
-    if (not isinstance(sizes["vision_cfg"].get("layers"), int)
-            or sizes["text_cfg"].keys() - text_keys
-            or sizes.keys() - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}):
-        raise ValueError(f"{clip} is no CLIP with a plain ViT and CLIP's own text encoder")
-    return sizes
-
-
-def build(clip, image_size=384, channels=128, network=None, prior=None):
-    """A Segmenter over a CLIP: "tiny", or a ViT of open_clip such as "ViT-B-16-quickgelu".
-
-    image_size: side of the training crops. channels: width of the head. network: an
-    open_clip.model.CLIP of this name (default: with random weights). prior: see `Head`. Raises
-    ValueError for another kind of CLIP and for sizes that do not fit."""
-    sizes = clip_sizes(clip)
-    if not 16 <= image_size <= 2048:
-        raise ValueError(f"the image size should lie within 16..2048, not {image_size}")
-    config = dict(clip=clip, image_size=image_size, channels=channels)
-    network = network or open_clip.model.CLIP(**sizes)
-    return Segmenter(network, image_size, config, C=channels, prior=prior)
+build = Segmenter  # for scripts

@@ -29,8 +29,6 @@ def pre_align(model, tokens, batches, steps, lr):
     encoder is frozen and runs without a graph. AdamW in float32, without weight decay and clipping;
     the learning rate falls linearly to 0. Returns the last loss."""
     params = [p for p in model.text_encoder.parameters() if p.requires_grad]
-    if not params:
-        raise ValueError("TPA adapts the text encoder, and none of its parameters trains")
     optimiser = torch.optim.AdamW(params, lr, weight_decay=0.0)
     for step, (images, pixel_labels, _) in enumerate(batches):
         with torch.no_grad():

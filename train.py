@@ -32,7 +32,7 @@ from ema import MomentumEncoder, frozen_copy
 from losses import (IGNORE, class_prototypes, class_reference_masks, contrast_mask,
                     correctly_classified, cpa_loss, patch_labels, pooled_loss, segmentation_loss,
                     spd_loss, total_loss)
-from model import build
+from model import Segmenter
 from support import accidents, checkpoint
 from support.accidents import say
 from support.files import UserError, number, replacing, write_json
@@ -124,7 +124,7 @@ def parse(argv=None):
     defaults = dict(RECIPE, pretrained="openai")
     if args.clip == "tiny":
         defaults.update(TOY, pretrained="toy" if toy else "none")
-    if args.init_cat_seg:
+    if args.init_cat_seg is not None:
         defaults["pretrained"] = "none"
     world = accidents.torchrun()[1]
     defaults["batch_size"] = math.ceil(RECIPE["batch_size"] / world) * world
@@ -232,15 +232,17 @@ def build_model(args, rank):
         pretrained = tiny_clip.prepare(args.dataset, rank)
     if pretrained != "none":
         network = checkpoint.load_clip(args.clip, pretrained)
-    elif not args.init_cat_seg:
+    elif args.init_cat_seg is None:
         say("warning: --pretrained none: CLIP's first weights are random")
     try:
-        model = build(args.clip, args.image_size, args.channels, network, args.prior)
+        model = Segmenter(args.clip, args.image_size, args.channels, network, args.prior)
     except ValueError as e:
         raise UserError(f"--clip {args.clip} with --image-size {args.image_size}: {e}") from e
-    if args.init_cat_seg:
+    if args.init_cat_seg is not None:
         checkpoint.load_weights(model, args.init_cat_seg)
     model.set_trained(args.adapt)
+    if args.distill != "none" and args.adapt in ("text", "none"):
+        say(f"warning: --adapt {args.adapt} leaves --distill {args.distill} nothing to act on")
     return model
 
 
@@ -253,7 +255,6 @@ def build_optimiser(model, args):
     groups = [dict(name="head", params=head, base_lr=args.lr),
               dict(name="norms", params=norms, base_lr=args.lr, weight_decay=0.0),
               dict(name="clip", params=clip, base_lr=args.lr * args.clip_lr_factor)]
-    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay,
                              fused=torch.cuda.is_available())
 
@@ -293,7 +294,10 @@ def reference_share(model, momentum, tokens, batches):
         sums += torch.stack([reference.sum(), (labels != IGNORE).sum()])
     if dist.is_initialized():
         dist.all_reduce(sums)
-    return (sums[0] / sums[1].clamp(min=1)).item()
+    reference, labelled = sums.tolist()
+    if not labelled:
+        say("warning: no patch of these crops has a label on most of its pixels: SPD and CPA are 0")
+    return reference / max(1, labelled)
 
 
 def add_line(log, path, **line):
@@ -319,7 +323,7 @@ def step_line(step, figures, optimiser, micro_batches, grad_norm, seconds):
         line[name] = n / count if name.endswith("_loss") else n
     line["reference_share"] = line.pop("reference_patches") / max(1, line.pop("labelled_patches"))
     rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
-    return dict(line, lr=rates["head"], lr_clip=rates.get("clip", 0.0), seconds=round(seconds, 3),
+    return dict(line, lr=rates["head"], lr_clip=rates["clip"], seconds=round(seconds, 3),
                 grad_norm=grad_norm if math.isfinite(grad_norm) else None,
                 gpu_memory_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2))
 
@@ -351,6 +355,8 @@ def main(args):
     # data
     train_set = data.open_dataset(args.dataset, args.data_root, "train", unseen=args.unseen)
     val_set = data.open_dataset(args.dataset, args.data_root, "val")
+    if args.restart and rank == 0:
+        last.unlink(missing_ok=True)
     accidents.agree({**vars(args), "data": [train_set.fingerprint, val_set.fingerprint]})
     say(f"training: {train_set.description}\nvalidation: {val_set.description}")
     crops = data.TrainingCrops(train_set, args.image_size, args.seed, args.jitter)
@@ -371,7 +377,7 @@ def main(args):
     log = []
     run = dict(model=model, original=original, momentum=momentum, optimiser=optimiser, log=log,
                scaler=scaler, args=vars(args), names=train_set.names, data=train_set.fingerprint)
-    step = None if args.restart else checkpoint.resume(last, **run)
+    step = checkpoint.resume(last, **run)
     add = functools.partial(add_line, log, out / "log.jsonl")
 
     far = 10 ** 9  # a step that nobody reaches: these 32 crops or so are not trained on
@@ -386,7 +392,6 @@ def main(args):
     # text-to-patch pre-alignment
     if step is None:
         step = 0
-        data.first_look(crops, model.grid)
         add(step=0, **evaluation(zero_shot=True))
         if args.tpa_steps:
             warm_up = tqdm(batches(args.batch_size, 0, args.tpa_steps), "TPA", args.tpa_steps,

@@ -115,9 +115,11 @@ class Files:
         self.lookup = np.full(65537, STRANGE)  # label of each raw value, and of all others
         self.lookup[list(layout.ignored)] = IGNORE
         self.lookup[list(layout.raw)] = range(len(layout.raw))
-        image_place, images = find_files(root, layout.images, split, readers.IMAGE_TYPES)
-        mask_place, masks = find_files(root, layout.masks, split, readers.MASK_TYPES)
+        image_place, images, others = find_files(root, layout.images, split, readers.IMAGE_TYPES)
+        mask_place, masks, _ = find_files(root, layout.masks, split, readers.MASK_TYPES)
         self.source = f"{image_place} with {mask_place}{layout.note}"
+        if others:
+            self.source += f", but for {others} files of other types"
         stems = masks
         if layout.lists:
             lists = [locate(root, path, split)[0] for path in layout.lists]
@@ -178,11 +180,11 @@ def locate(root, pattern, split):
 
 def find_files(root, pattern, split, types):
     """A Layout's path -> (its folder; {stem: path} of files of these types in it, but hidden ones,
-    evaluate.py's *.rpmd.png, and the *_labelTrainIds.png of mmsegmentation)."""
+    evaluate.py's *.rpmd.png, and the *_labelTrainIds.png of mmsegmentation; how many others)."""
     place, inner = locate(root, pattern, split)
     if place.suffix == ".json":
-        return place, readers.read_detail(place)
-    found = {}
+        return place, readers.read_detail(place), 0
+    found, others = {}, 0
     for path in sorted(place.glob(inner)):
         stem = path.stem.removesuffix("_seg") if inner.endswith("_seg.png") else path.stem
         ours = path.suffix.lower() in types and not path.name.startswith(".")
@@ -190,6 +192,8 @@ def find_files(root, pattern, split, types):
             if stem in found:
                 raise UserError(f"{path} has a twin of another type in {place}")
             found[stem] = path
+        else:
+            others += 1
     if not found:
         raise UserError(f"{place} holds no file {inner} of type {', '.join(types)}")
-    return place, found
+    return place, found, others

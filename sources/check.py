@@ -47,7 +47,7 @@ def check(dataset, title):
     if len(colours) > len(dict(colours)):
         print("warning: palettes differ: does an index mean the same class in all of the masks?")
     from support import pictures
-    path = Path("out/check", re.sub("[/: ]", "-", title)[-100:] + ".png")
+    path = Path("out/check", re.sub("[/: ]", "-", title)[-50:] + ".png")
     samples = range(0, len(dataset), max(1, len(dataset) // 4))[:4]
     pictures.labelled(path, [dataset.load(i)[:2] for i in samples], dataset.evaluated)
     print(f"{title}: usable; samples: {path}")

@@ -95,8 +95,7 @@ def anyone_asked_to_stop():
 def leave_group(worker_id):
     """Ctrl-C and torchrun's signals go to a whole process group. A loader process leaves it: the
     training process answers them, and ends its loaders itself."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
+    os.setpgrp()
 
 
 def torchrun():
@@ -168,5 +167,5 @@ def lock_folder(out):
         if getattr(e, "errno", None) not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
             raise UserError(f"--out {out} can't be written to, or locked ({e})") from e
         say(f"note: {out} is on a file system without locks ({e}): start no second run in it")
-    for leftover in out.glob(".*.????????.partial"):  # `replacing` was killed
+    for leftover in out.glob(".????????????????.partial"):  # `replacing` was killed
         leftover.unlink()

@@ -9,12 +9,12 @@ from pathlib import Path
 import open_clip
 import torch
 
-from model import build, clip_sizes
+from model import Segmenter, clip_sizes
 from support import accidents
 from support.files import UserError, reading, replacing
 
-FREE = ("--dataset --data-root --unseen --workers --out --restart --accumulate --compile "
-        "--log-every --eval-every --save-every --snapshot-every").split()  # to change on resuming
+FREE = ("dataset data_root unseen workers out restart accumulate compile log_every eval_every "
+        "save_every snapshot_every").split()  # flags that may change when a run is resumed
 CAT_SEG = {  # by the shape of the patch embedding's kernel, the CLIP of its published checkpoints
     (768, 3, 16, 16): "ViT-B-16-quickgelu", (1024, 3, 14, 14): "ViT-L-14-336-quickgelu"}
 CAT_SEG_NAMES = {  # what in the names of its tensors becomes what, in this order
@@ -47,16 +47,6 @@ def from_cat_seg(state):
     return ours
 
 
-def tensors_in(contents, name=""):
-    """(name, tensor) of every tensor in nested dicts and lists."""
-    if isinstance(contents, torch.Tensor):
-        yield name, contents
-    elif isinstance(contents, (dict, list, tuple)):
-        items = contents.items() if isinstance(contents, dict) else enumerate(contents)
-        for key, value in items:
-            yield from tensors_in(value, f"{name}.{key}".removeprefix("."))
-
-
 def read(path):
     """{"config", "model", ...} of a checkpoint that train.py wrote, or the same made of one that
     CAT-Seg published. Raises UserError."""
@@ -64,10 +54,10 @@ def read(path):
         raise UserError(f"{path}: no such checkpoint file")
     with reading(path, "a checkpoint of train.py, or of CAT-Seg with ViT-B/16 or ViT-L/14@336"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for name, tensor in tensors_in(checkpoint):
-            if tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.nbytes:
+        for name, tensor in (*checkpoint["model"].items(), *checkpoint.get("original", {}).items()):
+            if tensor.untyped_storage().nbytes() < tensor.nbytes:
                 raise ValueError(f"{name} claims more memory than the file holds")
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            if not tensor.isfinite().all():
                 raise ValueError(f"{name} is not finite")
         state = {name.replace("_orig_mod.", ""): t for name, t in checkpoint["model"].items()}
         if "config" in checkpoint:
@@ -83,7 +73,7 @@ def build_from(checkpoint, path):
     with reading(path, "a checkpoint"):
         config = {name: checkpoint["config"][name] for name in ("clip", "image_size", "channels")}
         with torch.device("meta"):
-            model = build(**config)
+            model = Segmenter(**config)
         state = {name: tensor.float() for name, tensor in checkpoint["model"].items()}
         model.load_state_dict(state, assign=True)
     return model
@@ -161,12 +151,6 @@ def save(path, step, model, original, **run):
                         **states), file)
 
 
-def identity(args, names, data):
-    """What a run is told apart by: flags and other settings, names and images."""
-    flags = {f"--{name.replace('_', '-')}": value for name, value in args.items()}
-    return {**flags, "class names": names, "images whose names have the digest": data}
-
-
 def resume(path, model, original, momentum, optimiser, scaler, log, args, names, data):
     """Fill the objects with what `save` has written of them. Returns the step, or None where there
     is no checkpoint; all processes agree on it. Raises UserError when the checkpoint is of other
@@ -176,11 +160,12 @@ def resume(path, model, original, momentum, optimiser, scaler, log, args, names,
         state = read(path)
         with reading(path, "a checkpoint to resume from"):
             step = state["step"]
-            before = identity(state["args"], state["names"], state["data"])
-            for name, value in identity(args, names, data).items():
+            before = {**state["args"], "class_names": state["names"], "image_names": state["data"]}
+            for name, value in {**args, "class_names": names, "image_names": data}.items():
                 if name not in FREE and before.get(name) != value:
-                    raise UserError(f"{path} was trained with {name} {str(before.get(name))[:200]},"
-                                    f" not {str(value)[:200]}: use that, or another --out")
+                    raise UserError(f"{path} was trained with {name.replace('_', '-')} "
+                                    f"{str(before.get(name))[:200]}, not {str(value)[:200]}: use "
+                                    "that, or another --out")
             if type(step) is not int or not 0 <= step <= args["steps"]:
                 raise ValueError(f"it claims to be at step {step} of {args['steps']}")
             model.load_state_dict(state["model"])

@@ -20,8 +20,6 @@ def reading(path, kind):
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("it is not a regular file")  # a pipe would block for ever
         yield
-    except ImportError as e:
-        raise UserError(f"{path} needs a package to be read: pip install {e.name}") from e
     except Exception as e:
         if isinstance(e, UserError) and str(path) in str(e):
             raise
@@ -37,7 +35,7 @@ def reading(path, kind):
 def replacing(path):
     """Gives a binary file that becomes `path` whole or not at all: it is written under another
     name, flushed to the disk and renamed. Makes the folder if need be. Raises UserError."""
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.partial")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image, ImageCms
+from PIL import Image
 
 from losses import IGNORE
 from support.files import replacing
@@ -14,22 +14,14 @@ from support.files import replacing
 
 @functools.cache
 def palette():
-    """Colours of labels 0..1023, and black where IGNORE = -1 finds it: uint8 [1025,3]. Each is the
-    one farthest in CIELAB from all before it, from black and from white."""
-    steps = np.arange(0, 256, 17, np.uint8)
-    colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
-    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    lab = ImageCms.profileToProfile(Image.fromarray(colours), srgb, lab, outputMode="LAB")
-    lab = np.asarray(lab)[0]  # [4096,3]
-    lab = (lab + np.uint8([0, 128, 128])) / (2.55, 1, 1)  # L in 0..100; a and b around 128
-    usable = (lab[:, 0] > 30) & (np.hypot(*(lab[:, 1:] - 128).T) < 95)  # neither dark nor garish
-    colours, lab = colours[0, usable], lab[usable]
-    apart = np.linalg.norm(lab[:, None] - [(0, 128, 128), (100, 128, 128)], axis=2).min(1)
-    chosen = []
-    while len(chosen) < 1024:
-        chosen.append(apart.argmax())
-        apart = np.minimum(apart, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
-    return np.vstack([colours[chosen], np.zeros((1, 3), np.uint8)])
+    """Colours of labels 0..1023, and black where IGNORE = -1 finds it: uint8 [1025,3]. They are
+    PASCAL VOC's, lightened: a label's bits go to red, green and blue in turn."""
+    label = np.arange(1, 1025)
+    colours = np.zeros((1025, 3), np.uint8)
+    for bit in range(11):
+        colours[:-1, bit % 3] += (label >> bit & 1).astype(np.uint8) << 7 - bit // 3
+    colours[:-1] = 64 + 0.75 * colours[:-1]
+    return colours
 
 
 def paint(pixel_labels):

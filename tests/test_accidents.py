@@ -232,7 +232,7 @@ def test_a_second_run_in_a_folder_is_refused(start):
 
 def test_what_lies_in_the_folder_is_left_alone(tmp_path):
     """But for what a killed run has left half written; and a link is not followed."""
-    for name in ("thesis.tmp", ".thesis.partial", ".last.pt.0123abcd.partial"):
+    for name in ("thesis.tmp", ".thesis.partial", ".0123456789abcdef.partial"):
         (tmp_path / name).write_text("kept")
     accidents.lock_folder(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"thesis.tmp", ".thesis.partial", ".lock"}

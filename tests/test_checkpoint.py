@@ -81,7 +81,7 @@ def test_what_is_saved_is_resumed(saved, make):
     for k in ("image_encoder", "text_encoder"):
         assert_equal(*(getattr(each["original"], k).state_dict() for each in (run, again)))
     for flag in checkpoint.FREE:
-        other = run["args"] | {flag[2:].replace("-", "_"): "other"}
+        other = run["args"] | {flag: "other"}
         assert checkpoint.resume(path, **again | {"args": other}) == 3
     for each in (run, again):  # the optimisers' moments are equal too
         take_step(each)
@@ -148,8 +148,7 @@ def test_what_is_no_checkpoint_is_refused_at_once_and_not_executed(saved, tmp_pa
             (good | {"model": state | {"logit_scale": torch.zeros(()).to_sparse()}}, ""),
             (good | {"model": state | {"logit_scale": nan}}, "logit_scale is not finite"),
             (good | {"model": state | {"logit_scale": vast}}, "claims more memory"),
-            (good | {"model": state | {"logit_scale": meta}}, "claims more memory"),
-            (good | {"names": {"a": [vast]}}, "names.a.0 claims more memory")):
+            (good | {"model": state | {"logit_scale": meta}}, "meta")):
         torch.save(contents, "file")
         text = refusal(checkpoint.load, "file")
         assert text.startswith("file can't be read as a checkpoint") and words in text, text

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
+import evaluate
+import train
 from data import open_dataset, read_names
 from losses import IGNORE
 from sources import check
@@ -60,7 +62,8 @@ def test_the_same_data_elsewhere_have_the_same_fingerprint(folder, tmp_path):
     assert trained(f"{moved}/").fingerprint == first != trained(moved, classes="a,b,c").fingerprint
     for name in ("images/train/{}.jpg", "masks/train/{}.png"):
         (moved / name.format(0)).rename(moved / name.format(9))
-    assert trained(moved).fingerprint != first
+    (moved / "images/train/8.gif").touch()
+    assert trained(moved).fingerprint != first and ", but for 1 files" in trained(moved).source
 
 
 @pytest.mark.parametrize("words, harm", {
@@ -121,7 +124,9 @@ def test_names_held_out(folder):
     ("no.csv", "no.csv can't be read as class names"), ("0 red\n1 blue", "name 1 is '0 red'"),
     ("# label:color_rgb\na", "name 1 is '# label:color_rgb'"), ("a\n0: red", "name 2 is '0: red'"),
     ("0,red", "name 1 is '0'"), ("background:0,0,0::", "'background:0'"), ("- a", "name 1"),
-    ("a; b", "name 1 is 'a; b'"), ('{"0": "red"}', "name 1 is '{"),
+    ("a; b", "name 1 is 'a; b'"), ('{"0": "red"}', "name 1 is '{"), ('"a","b"', "name 1 is '\"a\"'"),
+    ([", red"], "name 1 is ', red'"), ("names: [a, b]", "name 1"), ("./a.yaml", "a.yaml can't be"),
+    ("a=1", "name 1"), ("// a", "name 1"), ("<name>a</name>", "name 1"), ("a\nb\u200b", "name 2"),
     (["a", "b\x1b[31m"], r"'b\\x1b"), ("a, " + 301 * "b", "at most 300 letters .* name 2 is 'b")])
 def test_vocabularies_that_are_refused(classes, words):
     refused(words, read_names, classes)
@@ -279,7 +284,7 @@ def test_check_reads_a_whole_dataset(folder, capsys, monkeypatch):
     assert "masks/train/0.png is of size" in said and "images/train/4.jpg can't be read" in said
 
 
-def test_doubts_about_palettes_and_whether_255_is_a_class(folder, capsys, monkeypatch):
+def test_doubts_about_palettes_and_whether_255_is_a_class(tiny, folder, capsys, monkeypatch):
     monkeypatch.setattr("support.pictures.labelled", lambda *rows: None)
     for i, palette in enumerate(([0] * 9, [0] * 300, [0] * 6 + [9, 9, 9])):
         mask = Image.fromarray(np.asarray(Image.open(folder / f"masks/train/{i}.png")) % 3)
@@ -296,9 +301,11 @@ def test_doubts_about_palettes_and_whether_255_is_a_class(folder, capsys, monkey
     labels = torch.tensor([[-1, -1, 0, 1]] * 2)
     counts = data.count_labels(labels, 2)
     assert counts.tolist() == [2, 2, 4] and data.doubt(dataset, counts) == ""
-    data.first_look(data.TrainingCrops(dataset, 32, 0), (4, 4))
+    evaluate.evaluate(tiny, dataset)
+    crop = torch.zeros(1, 3, 64, 64), torch.full((1, 64, 64), IGNORE), []
+    assert train.reference_share(tiny, None, tiny.tokenize(dataset.names), [crop]) == 0
     said = capsys.readouterr().out
-    assert "SPD and CPA are 0" in said and "training crops no pixel is 'road'" in said
+    assert "warning: no pixel is 'road'" in said and "SPD and CPA are 0" in said
     assert data.doubt(dataset, np.array([90, 0, 0])) == ""  # nothing is ignored
     dataset.evaluated = ["background", "road", "sky", "sea"]
     assert data.doubt(dataset, np.array([90, 1, 0, 0, 9])) == ""  # rare classes, and void

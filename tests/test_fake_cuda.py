@@ -106,7 +106,6 @@ def test_a_step_on_a_gpu_mixes_no_devices_and_waits_twice(training, folder, monk
             "support.checkpoint.save": lambda *everything, **more: None,
             "evaluate.check_names": lambda *everything: None,
             "model.TINY": dict(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT),
-            "data.first_look": lambda *labels: "",
             "evaluate.examples": lambda *everything: None,
             "evaluate.confusion_matrix": lambda a, b, K: (a - b).new_zeros(K, K)}.items():
         monkeypatch.setattr(name, stub, raising=False)

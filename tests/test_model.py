@@ -29,7 +29,7 @@ def small():
     """A class-token CLIP with QuickGELU, all weights random, whose positional embedding must be
     resized: 4x4 -> 6x6."""
     torch.manual_seed(0)
-    model = Segmenter(open_clip.model.CLIP(**SMALL), 48, {}, C=32)
+    model = Segmenter("tiny", 48, 32, open_clip.model.CLIP(**SMALL))
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() < 2:

@@ -20,7 +20,7 @@ def test_colours_can_be_told_apart():
     """Also from white lines, and from black: no label. No two of 847 are the same."""
     colours = np.vstack([[(0, 0, 0), (255, 255, 255)], pictures.palette()[:847]]).astype(float)
     distance = np.linalg.norm(colours[:, None] - colours, axis=-1) + 1e9 * np.eye(len(colours))
-    for count, apart in ((20, 60), (52, 35), (847, 15)):
+    for count, apart in ((20, 45), (52, 45), (847, 10)):
         assert distance[:count + 2, :count + 2].min() > apart
     assert not pictures.palette()[IGNORE].any()
 

@@ -84,7 +84,7 @@ def test_a_step_is_figure_1(tiny, monkeypatch):
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_run_its_log_and_what_comes_after(go, tmp_path):
+def test_a_run_its_log_and_what_comes_after(go, tmp_path, monkeypatch):
     """A finished run is evaluated again; --restart begins anew."""
     out = tmp_path / "a"
     a, steps = go("a")
@@ -106,6 +106,10 @@ def test_a_run_its_log_and_what_comes_after(go, tmp_path):
     b, _ = go("a")
     torch.testing.assert_close(b["model"], a["model"], rtol=0, atol=0)
     assert read_log(out) == log and (out / "results.json").read_text() == text
+    with pytest.raises(ZeroDivisionError), monkeypatch.context() as patch:
+        patch.setattr(train, "pre_align", lambda *everything: 1 / 0)
+        go("a", "--restart", "--steps=1")
+    assert not (out / "last.pt").exists(), "another run would resume from what was to be overwritten"
     c, steps = go("a", "--restart", "--steps=1")
     assert c["step"] == 1 and [line["step"] for line in steps] == [1]
 
@@ -191,13 +195,15 @@ def test_accumulation_equals_the_whole_batch(go):
 
 
 def test_compiled_steps_equal_plain_ones(go, monkeypatch):
-    """Also with micro-batches. The model is traced as one graph, which runs as it is: generating
-    C++ is slow (gpu.py does)."""
+    """Also with micro-batches. The model is traced as one graph. It runs as it is, unless
+    $RPMD_COMPILE asks for inductor, which takes minutes (.ci/run and gpu.py do)."""
     compiled, module_compile = [], torch.nn.Module.compile
+    backend = os.environ.get("RPMD_COMPILE", "eager")
+    monkeypatch.setattr("torch._inductor.config.cpp.simdlen", 1)  # takes less time to compile
 
     def compile_(module):
         compiled.append(module)
-        module_compile(module, backend="eager", fullgraph=True)
+        module_compile(module, backend=backend, fullgraph=True)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_)
     monkeypatch.setattr("model.TINY", dict(embed_dim=16, vision_cfg=VISION,
@@ -276,7 +282,7 @@ def test_what_a_resumed_run_may_change(go, folder, tmp_path, capsys):
     """Its data may have moved; it keeps the CLIP it began with."""
     a, _ = go("a", "--snapshot-every=1")
     for flag, before, now in (("steps", "2", "3"), ("tau", "0.1", "0.5")):
-        with pytest.raises(UserError, match=f"trained with --{flag} {before}, not {now}: use"):
+        with pytest.raises(UserError, match=f"trained with {flag} {before}, not {now}: use"):
             go("a", f"--{flag}={now}")
     (tmp_path / "a/step-000001.pt").rename(tmp_path / "a/last.pt")
     moved = folder.rename(tmp_path / "moved")
@@ -286,7 +292,7 @@ def test_what_a_resumed_run_may_change(go, folder, tmp_path, capsys):
         torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)
     for path in (moved / "masks/train/4.png", moved / "images/train/4.jpg"):
         path.rename(path.with_stem("7"))
-    with pytest.raises(UserError, match="last.pt was trained with images"):
+    with pytest.raises(UserError, match="last.pt was trained with image-names"):
         go("a", f"--dataset=folder:{moved}")
     (moved / "classes.txt").write_text("red thing\ngreen thing\npink thing")
     with pytest.raises(UserError, match="last.pt was trained with .*blue thing.*, not .*pink"):

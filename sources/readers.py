@@ -16,7 +16,8 @@ from support.files import reading
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MASK_TYPES = (".png", ".tif", ".tiff", ".mat")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # never PostScript, whatever the name says
+EXACT = ("PNG", "TIFF", "BMP", "GIF")  # formats of masks, whatever the name says: never JPEG,
+FORMATS = (*EXACT, "JPEG", "WEBP")  # and of pictures: never PostScript
 TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
          6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}  # of EXIF's orientations
 GRAY_STEPS = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies gray values of 2 and 4 bits
@@ -24,11 +25,11 @@ MAT_NAME = b"\1\0\0\0\x08\0\0\0LabelMap"  # type, size, text
 MAT_TYPES = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4"}
 
 
-def upright(image):
+def upright(image, formats=EXACT):
     """A picture file or a PIL image -> PIL image, turned as its EXIF orientation says, and its raw
     mode: how the file stores values, in Pillow's words, such as "L;4" for gray of 4 bits."""
     if not isinstance(image, Image.Image):
-        image = Image.open(image, formats=FORMATS)
+        image = Image.open(image, formats=formats)
     raw_mode = image.tile[0][-1] if getattr(image, "tile", None) else ""
     raw_mode = raw_mode if isinstance(raw_mode, str) else str(raw_mode[0])  # of TIFF files
     image.load()
@@ -43,7 +44,7 @@ def read_image(image):
     with reading(where, "an image"):
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image.astype(np.uint8, casting="no"))
-        image, raw_mode = upright(image)
+        image, raw_mode = upright(image, FORMATS)
         if image.mode[0] in "IF":  # integers or floats, which Pillow would clip at 255
             values = np.asarray(image)
         elif ";16" in raw_mode:  # Pillow has kept the upper 8 bits
@@ -58,7 +59,7 @@ def read_image(image):
 
 def read_mask(path):
     """A picture of one channel -> its values; of a palette the indices, never the colours."""
-    with reading(path, "a mask"):
+    with reading(path, f"a mask ({', '.join(EXACT)})"):
         image, raw_mode = upright(path)
         return np.asarray(image) // GRAY_STEPS.get(raw_mode[:3], 1)
 

@@ -73,7 +73,7 @@ def test_the_same_data_elsewhere_have_the_same_fingerprint(folder, tmp_path):
     "value 65536, which": lambda f: put(f, np.full((60, 80), 65536, np.int32)),
     "mask of one channel .*, not uint8": lambda f: put(f, Image.new("RGB", (80, 60))),
     "0.jpg can't be read as an im": lambda f: os.truncate(f / "images/train/0.jpg", 300),
-    "0.png can't be read as a mask": lambda f: os.truncate(f / "masks/train/0.png", 0),
+    "0.png can't be read as a mask": lambda f: GRAY.save(f / "masks/train/0.png", "jpeg"),
     "masks/train has no file 0 ": lambda f: (f / "masks/train/0.png").unlink(),
     "images/train has no file 0 ": lambda f: (f / "images/train/0.jpg").unlink(),
     "has a twin of another type": lambda f: GRAY.save(f / "images/train/0.png"),

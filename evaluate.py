@@ -24,7 +24,7 @@ import data
 from losses import IGNORE, correctly_classified, patch_labels
 from model import first_synonym, tokenize
 from support import accidents, checkpoint
-from support.files import UserError, reading, write_json
+from support.files import UserError, digest, reading, write_json
 
 
 def resize(x, size):
@@ -211,17 +211,18 @@ def evaluate(model, dataset, seen=None, zero_shot=False, rank=0, world=1):
     text = encode_names(model.eval(), dataset.names)
     K = len(dataset.evaluated)
     total = torch.zeros(K, K, dtype=torch.int64, device=text.device)
-    counts = 0
+    counts = torch.zeros(K + 1, dtype=torch.int64)
     for i in tqdm(range(rank, len(dataset), world), "evaluating", disable=rank > 0, leave=False):
         if accidents.stop_asked:
             raise KeyboardInterrupt
         image, pixel_labels, _ = dataset.load(i)
-        counts += data.count_labels(pixel_labels, K)
+        counts += torch.from_numpy(data.count_labels(pixel_labels, K))
         prediction = predict(model, dataset, image, text, zero_shot)
         total += confusion_matrix(prediction, torch.from_numpy(pixel_labels).to(text.device), K)
     if world > 1:
         dist.all_reduce(total)
-    if said := data.doubt(dataset, counts):  # of this process's images
+        dist.all_reduce(counts)
+    if said := data.doubt(dataset, counts):
         accidents.say(f"warning: {said}")
     return summary(total, dataset.evaluated, seen)
 
@@ -367,9 +368,7 @@ def main():
     for name in args.datasets:
         names += data.REPORTED if name == "all" else [name]
     datasets = [data.open_dataset(name, args.data_root, "val", args.classes) for name in names]
-    with open(args.checkpoint, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    accidents.agree({"digest of --checkpoint": digest, "--zero-shot": args.zero_shot,
+    accidents.agree({"--checkpoint": digest(args.checkpoint), "--zero-shot": args.zero_shot,
                      "digest of images and names": [dataset.fingerprint for dataset in datasets]})
     for dataset in datasets:
         check_names(model, dataset.names, dataset.own_words, trained_on)

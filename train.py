@@ -35,7 +35,7 @@ from losses import (IGNORE, class_prototypes, class_reference_masks, contrast_ma
 from model import Segmenter
 from support import accidents, checkpoint
 from support.accidents import say
-from support.files import UserError, number, replacing, write_json
+from support.files import UserError, digest, number, replacing, write_json
 from tpa import pre_align
 
 # The letter prints no hyperparameters. For a real CLIP, ours have not been tuned yet.
@@ -75,12 +75,13 @@ def parse(argv=None):
     add("--workers", type=number(int, 0), default=4 if cuda else 0,
         help="loader processes per GPU (default 4; 0 without a GPU)")
 
-    add = parser.add_argument_group("model").add_argument
+    group = parser.add_argument_group("model")
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--clip", help="tiny (default for toy), or a ViT of open_clip (default ViT-B-16-quickgelu)")
-    add("--pretrained", help="CLIP's weights: a tag of open_clip (default openai), a file, toy "
-        "(default for toy) or none (default with --init-cat-seg, or tiny and other data)")
-    add("--init-cat-seg", metavar="FILE", help="start from a checkpoint that CAT-Seg published: "
-                                               "its CLIP is then the original one")
+    either("--pretrained", help="CLIP's weights: a tag of open_clip (default openai), a file, toy "
+           "(default for toy) or none (default with tiny and other data)")
+    either("--init-cat-seg", metavar="FILE", help="start from a checkpoint that CAT-Seg published: "
+                                                  "its CLIP is then the original one")
     add("--adapt", default="both", choices=("both", "visual", "text", "none"),
         help="encoders of CLIP that are trained (default both)")
     setting("--image-size", number(int, 16, 2048), "side of the training crops")
@@ -225,6 +226,7 @@ def weigh_by_process(losses, counts):
 
 def build_model(args, rank):
     """The segmenter as training begins, with the CLIP that --pretrained names."""
+    accidents.agree({"digest of weights": [digest(args.pretrained), digest(args.init_cat_seg)]})
     torch.manual_seed(args.seed)  # the head's first weights
     pretrained, network = args.pretrained, None
     if pretrained == "toy":
@@ -355,9 +357,8 @@ def main(args):
     # data
     train_set = data.open_dataset(args.dataset, args.data_root, "train", unseen=args.unseen)
     val_set = data.open_dataset(args.dataset, args.data_root, "val")
-    if args.restart and rank == 0:
-        last.unlink(missing_ok=True)
-    accidents.agree({**vars(args), "data": [train_set.fingerprint, val_set.fingerprint]})
+    images = [train_set.fingerprint, val_set.fingerprint]
+    accidents.agree({**vars(args), "digest of images and names": images})
     say(f"training: {train_set.description}\nvalidation: {val_set.description}")
     crops = data.TrainingCrops(train_set, args.image_size, args.seed, args.jitter)
     batches = functools.partial(data.batches, crops, rank=rank, world=world, workers=args.workers,
@@ -376,7 +377,7 @@ def main(args):
     # resume
     log = []
     run = dict(model=model, original=original, momentum=momentum, optimiser=optimiser, log=log,
-               scaler=scaler, args=vars(args), names=train_set.names, data=train_set.fingerprint)
+               scaler=scaler, args=vars(args), names=train_set.names, data=images)
     step = checkpoint.resume(last, **run)
     add = functools.partial(add_line, log, out / "log.jsonl")
 

@@ -40,11 +40,14 @@ def door():
     except torch.OutOfMemoryError as e:
         said = f"error: {e}; with several images at once in training, --accumulate 2 halves them"
     except RuntimeError as e:
-        if not dist.is_initialized() or not re.search("gloo|nccl", str(e), re.IGNORECASE):
+        first_line = str(e).strip().partition("\n")[0]
+        if first_line.startswith("DataLoader worker"):  # it was killed
+            said = f"error: {first_line} Is there enough memory? Try --workers 0"
+        elif dist.is_initialized() and re.search("gloo|nccl", str(e), re.IGNORECASE):
+            said = (f"error: rank {dist.get_rank()} lost contact with another process "
+                    f"({first_line}); that process says why, unless it hangs or was killed")
+        else:
             raise
-        said = (f"error: rank {dist.get_rank()} lost contact with another process "
-                f"({str(e).strip().splitlines()[0]}); that process says why, unless it hangs or "
-                "was killed")
     print(said, file=sys.stderr, flush=True)
     if dist.is_initialized():
         os._exit(status)  # at once: threads of collectives would wait for the other processes

@@ -1,6 +1,5 @@
 """Checkpoints: written whole, taken back bit for bit, and CAT-Seg's published ones read. What is
 wrong with a file becomes a UserError that names it; nothing in a file is executed."""
-import hashlib
 import json
 import re
 import warnings
@@ -11,7 +10,7 @@ import torch
 
 from model import Segmenter, clip_sizes
 from support import accidents
-from support.files import UserError, reading, replacing
+from support.files import UserError, digest, reading, replacing
 
 FREE = ("dataset data_root unseen workers out restart accumulate compile log_every eval_every "
         "save_every snapshot_every").split()  # flags that may change when a run is resumed
@@ -130,10 +129,7 @@ def check_activation(path, quick_gelu):
 def is_openais(path, url):
     """Whether a file is the one at OpenAI's url, which holds its SHA-256. These files are programs
     (TorchScript), so no other file of this kind is opened."""
-    if not url or not Path(path).is_file():
-        return False
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() in url
+    return bool(url) and (digest(path) or "no file") in url
 
 
 def save(path, step, model, original, **run):
@@ -152,32 +148,36 @@ def save(path, step, model, original, **run):
 
 
 def resume(path, model, original, momentum, optimiser, scaler, log, args, names, data):
-    """Fill the objects with what `save` has written of them. Returns the step, or None where there
-    is no checkpoint; all processes agree on it. Raises UserError when the checkpoint is of other
-    classes (names), images (data: a digest of their files' names) or flags than FREE ones."""
-    step = None
-    if path.is_file():
-        state = read(path)
-        with reading(path, "a checkpoint to resume from"):
-            step = state["step"]
-            before = {**state["args"], "class_names": state["names"], "image_names": state["data"]}
-            for name, value in {**args, "class_names": names, "image_names": data}.items():
-                if name not in FREE and before.get(name) != value:
-                    raise UserError(f"{path} was trained with {name.replace('_', '-')} "
-                                    f"{str(before.get(name))[:200]}, not {str(value)[:200]}: use "
-                                    "that, or another --out")
-            if type(step) is not int or not 0 <= step <= args["steps"]:
-                raise ValueError(f"it claims to be at step {step} of {args['steps']}")
-            model.load_state_dict(state["model"])
-            original.load_state_dict({**state["model"], **state["original"]})
-            if momentum:
-                momentum.load_state_dict(state["momentum"])
-            optimiser.load_state_dict(state["optimiser"])
-            for parameter, averages in optimiser.state.items():
-                if averages["exp_avg"].shape != parameter.shape:
-                    raise ValueError("the optimiser's state has other shapes")
-            scaler.load_state_dict(state["scaler"])
-            log[:] = state["log"]
-            accidents.say(f"resuming {path} of {state['args']['dataset']} after step {step}")
-    accidents.agree({f"the step of {path}, which all nodes should see,": step})
+    """Fill the objects with what `save` has written of them, or remove it if args["restart"].
+    Returns the step, or None where there is no checkpoint. Raises UserError when the checkpoint is
+    of other classes (names), images (data: digests of their files' names) or flags than FREE ones,
+    and when the processes do not all see the same file."""
+    if args["restart"] and accidents.is_first():
+        path.unlink(missing_ok=True)
+    found = None if args["restart"] else digest(path)
+    accidents.agree({f"the digest of {path}": found})
+    if found is None:
+        return None
+    state = read(path)
+    with reading(path, "a checkpoint to resume from"):
+        before = {**state["args"], "class_names": state["names"], "image_names": state["data"]}
+        for name, value in {**args, "class_names": names, "image_names": data}.items():
+            if name not in FREE and before.get(name) != value:
+                raise UserError(f"{path} was trained with {name.replace('_', '-')} "
+                                f"{str(before.get(name))[:200]}, not {str(value)[:200]}: use that, "
+                                "or another --out")
+        step = state["step"]
+        if type(step) is not int or not 0 <= step <= args["steps"]:
+            raise ValueError(f"it claims to be at step {step} of {args['steps']}")
+        model.load_state_dict(state["model"])
+        original.load_state_dict({**state["model"], **state["original"]})
+        if momentum:
+            momentum.load_state_dict(state["momentum"])
+        optimiser.load_state_dict(state["optimiser"])
+        for parameter, averages in optimiser.state.items():
+            if averages["exp_avg"].shape != parameter.shape:
+                raise ValueError("the optimiser's state has other shapes")
+        scaler.load_state_dict(state["scaler"])
+        log[:] = state["log"]
+    accidents.say(f"resuming {path} of {state['args']['dataset']} after step {step}")
     return step

@@ -1,6 +1,7 @@
 """Files and flags: what is wrong with one is said in a sentence, and what is written is whole."""
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -43,11 +44,20 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as e:  # torch.save raises either
-        raise UserError(f"{path} can't be written ({' '.join(str(e).split())[:300]})") from e
+    except (OSError, RuntimeError) as e:  # torch.save raises the latter, after the former
+        cause = e.__context__ or e
+        raise UserError(f"{path} can't be written ({' '.join(str(cause).split())[:300]})") from e
     finally:
         with contextlib.suppress(OSError):  # it has been renamed, or the disk is read-only
             temporary.unlink()
+
+
+def digest(path):
+    """The SHA-256 of a file, None where there is none."""
+    if path is None or not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(contents, path):

@@ -33,7 +33,7 @@ PRELUDE = """
 import os, signal, sys, time
 from datetime import timedelta
 import data, ema, evaluate, losses, model
-from support import accidents, pictures
+from support import accidents, checkpoint, files, pictures
 pictures.curves = evaluate.examples = lambda *everything: None  # half the time of so small a run
 views = evaluate.views  # one view is quicker than five
 evaluate.views = lambda image, size, sliding: views(image, size, False)
@@ -212,7 +212,9 @@ def test_one_of_two_processes_is_lost(start):
 
 
 def test_processes_that_differ_do_not_train(start):
-    preludes = ("sys.argv.append('--lr=0.07')", "data.read_names = lambda *_: ['a', 'b', 'c']")
+    """In flags, names, first weights (digest(None) is None, not "None") or their checkpoint."""
+    preludes = ("sys.argv.append('--lr=0.07')", "data.read_names = lambda *_: ['a', 'b', 'c']",
+                "files.digest = str", "checkpoint.digest = str")
     for pair in [start(p[:4], processes=2, prelude=RANK_1 + p) for p in preludes]:
         for process in pair:
             one_sentence(ends(process, 1), "differs between process ")
@@ -284,7 +286,11 @@ def test_streams_of_a_notebook_and_of_an_ascii_terminal():
     assert (notebook.getvalue(), terminal.buffer.getvalue()) == ("café\n", b"caf\\xe9\n")
 
 
-def test_a_broken_picture_ends_the_run_with_its_path(start, folder):
+def test_a_killed_loader_and_a_broken_picture_end_the_run(start, folder):
+    kill = "os.kill(multiprocessing.active_children()[0].pid, 9) or time.sleep(5)"
+    prelude = f"import multiprocessing; third(losses, 'patch_labels', lambda: {kill}, 5)"
+    [process] = start("killed", "--workers=1", "--tpa-steps=0", prelude=prelude)
+    one_sentence(ends(process, 1), "DataLoader worker", "killed", "--workers 0")
     (folder / "images/train/3.jpg").write_bytes(b"\xff\xd8 no more")
     for [process] in [start(f"{n}", f"--workers={n}") for n in (0, 2)]:
         one_sentence(ends(process, 1), "3.jpg can't be read as an image")

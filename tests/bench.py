@@ -2,7 +2,6 @@
 
     python tests/bench.py           JSON: FLOPs, measured seconds and peak memory of a step
     python tests/bench.py --json    the same in one line
-    python tests/bench.py --flops   FLOPs only: deterministic, and a matter of seconds
 
 ViT-B/16 (random weights), one 384 x 384 image, float32, K classes with names of COCO-Stuff's
 lengths. Each K is measured in a process of its own, so that the peak of resident memory is its own.
@@ -113,15 +112,12 @@ def main():
     add = parser.add_argument
     add("--classes", type=int, nargs="+", default=[20, 171, 847])
     add("--json", action="store_true", help="print it in one line")
-    add("--flops", action="store_true", help="count, but don't measure")
     args = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU is measured
     results = {}
     for K in args.classes:
-        results[str(K)] = result = {"flops": count_flops(K)}
-        if not args.flops:
-            with multiprocessing.get_context("spawn").Pool(1) as alone:
-                result |= alone.apply(measure, (K,))
+        with multiprocessing.get_context("spawn").Pool(1) as alone:
+            results[str(K)] = {"flops": count_flops(K), **alone.apply(measure, (K,))}
     print(json.dumps(results, indent=None if args.json else 1))
 
 

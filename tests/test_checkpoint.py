@@ -135,7 +135,7 @@ def test_what_is_no_checkpoint_is_refused_at_once_and_not_executed(saved, tmp_pa
     monkeypatch.chdir(tmp_path)
     config, state = run["model"].config, run["model"].state_dict()
     good, vast = dict(config=config, model=state), torch.zeros(1).char().expand(10**6, 10**6)
-    nan, meta = torch.tensor([float("nan")]), torch.zeros(1, dtype=torch.int64, device="meta")
+    nan = torch.tensor([float("nan")])
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for contents, words in (  # what the file holds, and what the refusal says
             ([1, 2], ""), ({"model": {"a": Bomb()}}, "holds more than"), (good | {"config": 3}, ""),
@@ -147,8 +147,7 @@ def test_what_is_no_checkpoint_is_refused_at_once_and_not_executed(saved, tmp_pa
             (good | {"config": {"clip": "tiny", "image_size": 32}}, "there is no 'channels' in it"),
             (good | {"model": state | {"logit_scale": torch.zeros(()).to_sparse()}}, ""),
             (good | {"model": state | {"logit_scale": nan}}, "logit_scale is not finite"),
-            (good | {"model": state | {"logit_scale": vast}}, "claims more memory"),
-            (good | {"model": state | {"logit_scale": meta}}, "meta")):
+            (good | {"model": state | {"logit_scale": vast}}, "claims more memory")):
         torch.save(contents, "file")
         text = refusal(checkpoint.load, "file")
         assert text.startswith("file can't be read as a checkpoint") and words in text, text

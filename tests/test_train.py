@@ -98,7 +98,6 @@ def test_a_run_its_log_and_what_comes_after(go, tmp_path, monkeypatch):
     assert steps[-1]["segmentation_loss"] < steps[0]["segmentation_loss"]
     first, aligned, *_, last = log = read_log(out)
     assert first["step"] == aligned["step"] == 0 and aligned["tpa_loss"] > 0
-    assert 0 <= first["reference_share_teacher"] <= 1 and 0 <= first["mIoU_union"] <= 100
     text = (out / "results.json").read_text()
     assert (json.loads(text)["start"], json.loads(text)["trained"]) == (first, last)
     momentum = a["momentum"][VALUES.removeprefix("image_encoder.")]
@@ -109,7 +108,7 @@ def test_a_run_its_log_and_what_comes_after(go, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError), monkeypatch.context() as patch:
         patch.setattr(train, "pre_align", lambda *everything: 1 / 0)
         go("a", "--restart", "--steps=1")
-    assert not (out / "last.pt").exists(), "another run would resume from what was to be overwritten"
+    assert not (out / "last.pt").exists(), "the same command would resume the run before"
     c, steps = go("a", "--restart", "--steps=1")
     assert c["step"] == 1 and [line["step"] for line in steps] == [1]
 

@@ -78,9 +78,9 @@ def hold_out(dataset, unseen):
     if strange or not seen:
         raise UserError(f"--unseen {', '.join(strange or unseen)[:100]}: expected are some of the "
                         f"dataset's names, not all of them: {str(dataset.names)[:300]}")
-    rank = np.full(len(dataset.names), IGNORE)
-    rank[seen] = range(len(seen))
-    dataset.lookup = np.where(dataset.lookup < 0, dataset.lookup, rank[dataset.lookup])
+    new_label = np.full(len(dataset.names), IGNORE)
+    new_label[seen] = range(len(seen))
+    dataset.lookup = np.where(dataset.lookup < 0, dataset.lookup, new_label[dataset.lookup])
     dataset.names = [dataset.names[i] for i in seen]
 
 
@@ -187,7 +187,7 @@ def augment(image, pixel_labels, size, jitter, rng):
 
 def colour_jitter(image, strength, rng):
     """SSD's photometric distortion of a PIL image: brightness, contrast, saturation and hue, each
-    with probability one half, the contrast before or after the others. strength 1 is SSD's."""
+    with probability one half, contrast before or after saturation and hue. strength 1 is SSD's."""
     *happens, contrast_first = rng.uniform(size=5) < 0.5
     b, c, s, h = strength * rng.uniform(-1, 1, 4) * happens  # 0 changes nothing
     image = stretch(image, 1, 32 * b)

@@ -14,9 +14,10 @@ def frozen_copy(module):
 class MomentumEncoder:
     """E^M of the paper: E^M = alpha * E^M + (1 - alpha) * E, starting as a copy of E.
 
-    encoder: E, any nn.Module, the encoder that is trained. alpha: the momentum, in [0, 1]; 1 gives
-    a frozen teacher. Calling it runs E^M without a graph and returns what E returns. It is no
-    nn.Module, so neither the optimiser nor DDP sees its parameters."""
+    encoder: E, any nn.Module, on its final device. E^M shares the parameters that do not require
+    gradients, so choose what trains before. alpha: the momentum, in [0, 1]; 1 gives a frozen
+    teacher. Calling it runs E^M without a graph and returns what E returns. It is no nn.Module, so
+    that neither the optimiser nor DDP sees its parameters."""
 
     def __init__(self, encoder, alpha):
         if not 0 <= alpha <= 1:

@@ -238,8 +238,8 @@ def patch_view(model, image, pixel_labels):
 
 @torch.inference_mode()
 def examples(path, model, original, momentum, dataset, seen):
-    """Draw the paper's Figure 1 for three images of a dataset: the reference patches before and
-    after training, and the prediction. original: the Segmenter with CLIP as training began;
+    """Draw, for three images of a dataset, the reference patches before and after training, and
+    the prediction. original: the Segmenter with CLIP as training began;
     momentum: MomentumEncoder, or None for the model's own patches; seen: the training names."""
     from support import pictures
     seen = set(map(spoken, seen))

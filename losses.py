@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = -1  # the default of `ignore` below; not 255, which is a class of ADE20K-847 and PC-459
+IGNORE = -1  # not 255, a class of ADE20K-847 and PC-459. Functions to copy write it out as -1
 
 
 @torch.no_grad()
@@ -161,11 +161,11 @@ def segmentation_loss(logits, pixel_labels, ignored="negative", chunk=64, ignore
 
 
 def pooled_loss(patches, frozen_patches, grid):
-    """No part of RPMD: MAFT+'s distillation, which RPMD is compared with.
+    """Not part of RPMD: MAFT+'s distillation, which RPMD is compared with.
 
     Features [B,L,D] after ReLU are average-pooled on 1x1, 2x2 and 4x4 grids, and each of these is
     summed over its rows and over its columns. The loss is the smooth-L1 distance between the
-    student's and the frozen CLIP's sums, averaged over B, D and places and added up over the six.
+    student's and the frozen CLIP's sums, averaged over B, D and places, and added up over the six.
     grid: (rows, columns) of patches. Returns a scalar. No gradient reaches frozen_patches."""
     student = patches.relu().transpose(1, 2).unflatten(2, grid)  # [B,D,H,W]
     frozen = frozen_patches.detach().relu().transpose(1, 2).unflatten(2, grid)

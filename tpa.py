@@ -26,8 +26,8 @@ def pre_align(model, tokens, batches, steps, lr):
 
     tokens [K,n] of the training names. batches: `steps` times (images [B,3,S,S], pixel_labels
     [B,S,S], paths) on the model's device, this process's share of each step's batch. The visual
-    encoder is frozen and runs without a graph. AdamW in float32, without weight decay and clipping;
-    the learning rate falls linearly to 0. Returns the last loss."""
+    encoder is frozen and runs without a graph. AdamW in float32, without weight decay or clipping;
+    the learning rate falls linearly to 0. Returns the last step's mean loss."""
     params = [p for p in model.text_encoder.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(params, lr, weight_decay=0.0)
     for step, (images, pixel_labels, _) in enumerate(batches):

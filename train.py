@@ -38,7 +38,7 @@ from support.accidents import say
 from support.files import UserError, digest, number, replacing, write_json
 from tpa import pre_align
 
-# The letter prints no hyperparameters. For a real CLIP, ours have not been tuned yet.
+# The paper prints no hyperparameters. For a real CLIP, ours have not been tuned yet.
 RECIPE = dict(
     # CAT-Seg's. weight_decay is 0 on norms, channels is the width of the head, jitter 1 is SSD's
     steps=80_000, batch_size=4, lr=2e-4, clip_lr_factor=0.01, weight_decay=1e-4, clip_grad=0.01,
@@ -61,7 +61,7 @@ def parse(argv=None):
     cuda = torch.cuda.is_available()
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
 
-    def setting(flag, kind, about):
+    def setting(add, flag, kind, about):
         """A flag whose default is in RECIPE, or in TOY with the tiny CLIP."""
         name = flag[2:].replace("-", "_")
         toy = f"; tiny CLIP {TOY[name]:g}" if name in TOY else ""
@@ -80,11 +80,11 @@ def parse(argv=None):
     add("--clip", help="tiny (default for toy), or a ViT of open_clip (default ViT-B-16-quickgelu)")
     either("--pretrained", help="CLIP's weights: a tag of open_clip (default openai), a file, toy "
            "(default for toy) or none (default with tiny and other data)")
-    either("--init-cat-seg", metavar="FILE", help="start from a checkpoint that CAT-Seg published: "
-                                                  "its CLIP is then the original one")
+    either("--init-cat-seg", metavar="FILE", help="start from a checkpoint that CAT-Seg published; "
+                                                  "its CLIP then counts as the original")
     add("--adapt", default="both", choices=("both", "visual", "text", "none"),
         help="encoders of CLIP that are trained (default both)")
-    setting("--image-size", number(int, 16, 2048), "side of the training crops")
+    setting(add, "--image-size", number(int, 16, 2048), "side of the training crops")
     add("--precision", choices=("fp32", "bf16", "fp16"), default="bf16" if bf16 else "fp32",
         help="mixed precision (default bf16 on GPUs that have it, else fp32)")
     add("--compile", action="store_true", help="torch.compile; the first step takes minutes")
@@ -93,26 +93,26 @@ def parse(argv=None):
     add("--distill", default="rpmd", choices=("rpmd", "frozen", "pooled", "none"),
         help="rpmd (default); baselines: frozen (RPMD with the original CLIP as the teacher), "
              "pooled (MAFT+'s distillation), none (plain CAT-Seg)")
-    setting("--lambda-spd", number(float, 0), "weight of SPD in Eq. (6)")
-    setting("--lambda-cpa", number(float, 0), "weight of CPA in Eq. (6)")
-    setting("--tau", number(float, 1e-6), "temperature of CPA, Eq. (5)")
+    setting(add, "--lambda-spd", number(float, 0), "weight of SPD in Eq. (6)")
+    setting(add, "--lambda-cpa", number(float, 0), "weight of CPA in Eq. (6)")
+    setting(add, "--tau", number(float, 1e-6), "temperature of CPA, Eq. (5)")
     add("--alpha", type=number(float, 0, 1), help="EMA decay; the memory is about 1 / (1 - alpha) "
         f"steps (default 1 - 3 / steps; tiny CLIP {TOY['alpha']:g}); rpmd only")
     add("--spd-features", default="normalised", choices=("normalised", "raw"),
-        help="features that Eq. (2) compares: unit vectors (default), or raw as in the letter")
-    setting("--tpa-steps", number(int, 0), "steps of TPA, if the text encoder is trained with SPD")
-    setting("--tpa-lr", number(float, 0), "learning rate of TPA")
+        help="features that Eq. (2) compares: unit vectors (default), or raw as in the paper")
+    setting(add, "--tpa-steps", number(int, 0), "steps of TPA, where SPD is used and text trains")
+    setting(add, "--tpa-lr", number(float, 0), "learning rate of TPA")
 
     add = parser.add_argument_group("schedule and run").add_argument
-    setting("--steps", number(int, 1), "optimiser steps of joint training")
-    setting("--batch-size", number(int, 1), "global batch size; by default at least one per GPU")
+    setting(add, "--steps", number(int, 1), "optimiser steps of joint training")
+    setting(add, "--batch-size", number(int, 1), "global batch size; by default at least 1 per GPU")
     add("--accumulate", type=number(int, 1), default=1,
         help="micro-batches per step; SPD and CPA are averaged within each (default 1)")
-    setting("--lr", number(float, 0), "learning rate of the head")
-    setting("--clip-lr-factor", number(float, 0), "CLIP's learning rate, as a multiple of --lr")
-    setting("--eval-every", number(int, 0), "steps between evaluations, 0: only at the end")
-    setting("--save-every", number(int, 0), "steps between checkpoints, 0: with each evaluation")
-    setting("--snapshot-every", number(int, 0), "steps between checkpoints that are kept, 0: none")
+    setting(add, "--lr", number(float, 0), "learning rate of the head")
+    setting(add, "--clip-lr-factor", number(float, 0), "CLIP's learning rate, in multiples of --lr")
+    setting(add, "--eval-every", number(int, 0), "steps between evaluations, 0: only at the end")
+    setting(add, "--save-every", number(int, 0), "steps between checkpoints, 0: at evaluations")
+    setting(add, "--snapshot-every", number(int, 0), "steps between checkpoints to keep, 0: none")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0,
         help="seed of the head's initialisation and of the data's order (default 0)")
     add("--out", type=os.path.expanduser, help="folder for all results (default out/DATASET)")
@@ -130,7 +130,7 @@ def parse(argv=None):
     world = accidents.torchrun()[1]
     defaults["batch_size"] = math.ceil(RECIPE["batch_size"] / world) * world
     folder = Path(args.dataset.removeprefix("folder:").replace("toy:", "toy-")).expanduser()
-    defaults["out"] = f"out/{folder.resolve().name}"
+    defaults["out"] = f"out/{Path(os.path.abspath(folder)).name}"
     for name, value in defaults.items():  # of flags not given, and of settings without a flag
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -156,7 +156,7 @@ def autocast(device, precision):
 
 
 def step_losses(model, momentum, images, pixel_labels, tokens, args):
-    """RPMD, top to bottom as in the letter's Figure 1, on one micro-batch.
+    """RPMD, top to bottom as in the paper's Figure 1, on one micro-batch.
 
     model: Segmenter, or DDP around one. momentum: MomentumEncoder. images [B,3,S,S] with CLIP's
     mean and standard deviation, pixel_labels int64 [B,S,S], tokens [K,n] of `Segmenter.tokenize`.
@@ -217,10 +217,10 @@ def weigh_by_process(losses, counts):
     (L_SEG is a mean over all pixels, whose number is the same everywhere.)"""
     if not dist.is_initialized():
         return losses
-    counts = torch.stack(counts).double()
-    average = counts / dist.get_world_size()
-    dist.all_reduce(average)  # adds them up
-    shares = (counts / average.clamp(min=1e-9)).float()  # 0 where all counts are
+    counts = torch.stack(counts)
+    total = counts.clone()
+    dist.all_reduce(total)
+    shares = counts * dist.get_world_size() / total.clamp(min=1)
     return [share * loss for share, loss in zip(shares, losses)]
 
 
@@ -381,7 +381,7 @@ def main(args):
     step = checkpoint.resume(last, **run)
     add = functools.partial(add_line, log, out / "log.jsonl")
 
-    far = 10 ** 9  # a step that nobody reaches: these 32 crops or so are not trained on
+    far = 10 ** 9  # a step that training never reaches: a fixed sample of about 32 other crops
     sample = list(batches(args.batch_size, far, far + max(1, 32 // args.batch_size)))
     share = functools.partial(reference_share, model, momentum, tokens, sample)
 
@@ -410,11 +410,10 @@ def main(args):
     parts = args.accumulate  # micro-batches of a step
     micro_batches = batches(args.batch_size // parts, step * parts, args.steps * parts)
     bar = tqdm(range(step + 1, args.steps + 1), "train", args.steps, initial=step, disable=rank > 0)
-    evaluated = [line["step"] for line in log if "mIoU_union" in line]
+    if due(args.eval_every, step) and step < args.steps and "mIoU_union" not in log[-1]:
+        add(step=step, **evaluation())  # the run was stopped before it or in it
     accidents.answer_signals(accidents.ask_to_stop)
-    for step in bar:  # evaluations come after the checkpoint: a run killed in one repeats it
-        if due(args.eval_every, step - 1) and step - 1 not in evaluated:
-            add(step=step - 1, **evaluation())
+    for step in bar:
         begin = time.time()
         model.train()  # evaluation sets eval mode
         set_learning_rate(optimiser, step - 1, args.steps)
@@ -429,16 +428,16 @@ def main(args):
                 for name, value in terms.items():
                     figures[name] = figures.get(name, 0) + value.detach().double()
                 paths += files
-        except (UserError, RuntimeError):  # a broken image, a lost process: the state is whole
+        except (UserError, RuntimeError):  # a broken image or a lost process; no weight has changed
             checkpoint.save(last, step=step - 1, **run)
             raise
         scaler.unscale_(optimiser)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad).item()
         refuse_non_finite(figures, grad_norm, scaler, f"step {step}; images {', '.join(paths)}")
-        scaler.step(optimiser)  # under fp16 not if a gradient is not finite
+        scaler.step(optimiser)  # skipped under fp16 if a gradient is not finite
         scaler.update()
         optimiser.zero_grad()
-        if momentum and math.isfinite(grad_norm):  # else the scaler has skipped the step
+        if momentum and math.isfinite(grad_norm):  # the step was not skipped
             momentum.update()  # E^M = alpha E^M + (1 - alpha) E
 
         if due(args.log_every, step) or step == args.steps:
@@ -452,6 +451,8 @@ def main(args):
         if stop:
             say(f"stopped after step {step} as asked; the same command resumes from {last}")
             return 130
+        if due(args.eval_every, step) and step < args.steps:
+            add(step=step, **evaluation())
 
     add(step=step, **evaluation())
     if rank == 0:

@@ -53,6 +53,8 @@ def open_dataset(name, root=None, split="val", classes=None, unseen=None):
         names, needed = read_names(classes), len(dataset.names)
         if len(names) != needed and not (name == "voc-20b" and len(names) > 20):
             raise UserError(f"--classes has {len(names)} names, and {name} needs {needed}")
+        if name == "voc-20b" and "background" in names[:20]:
+            raise UserError("--classes: the first 20 names of voc-20b are those of its objects")
         dataset.names = names
     if unseen is not None:
         hold_out(dataset, read_names(unseen, "--unseen"))

@@ -179,16 +179,16 @@ def summary(confusion, names, seen=None):
     """A confusion matrix as plain numbers, in per cent but for the number of pixels: both mIoU,
     pixel accuracy, IoU per class. If `seen` (names that segmentation training showed) holds some of
     the names and not all, also mIoU of seen and unseen ones and their harmonic mean. Names are
-    compared as the tokenizer reads them."""
+    compared as the tokenizer reads them; an unseen "background" is no class of its own."""
     def percent(x):
         return None if np.isnan(x) else 100 * x  # JSON has no NaN
 
     result = {f"mIoU_{name}": percent(value) for name, value in mean_iou(confusion).items()}
     result["pixels"] = confusion.sum().item()
-    result["pixel_accuracy"] = 100 * confusion.diagonal().sum().item() / max(1, result["pixels"])
+    result["pixel_accuracy"] = percent((confusion.double().trace() / confusion.sum()).item())
     seen = set(map(spoken, seen or ()))
     shown = [i for i, name in enumerate(names) if spoken(name) in seen]
-    others = [i for i, name in enumerate(names) if spoken(name) not in seen]
+    others = [i for i, name in enumerate(names) if spoken(name) not in {*seen, "background"}]
     if shown and others:
         a = mean_iou(confusion, shown)["ground_truth"]
         b = mean_iou(confusion, others)["ground_truth"]

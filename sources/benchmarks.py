@@ -46,8 +46,8 @@ DETAIL, MAT = VOC10 + "trainval_merged.json", VOC10 + "trainval/*.mat"
 LISTS10 = VOC10 + "pascalcontext_{split}.txt", DETAIL, VOC10 + "ImageSets/Main/{split}.txt"
 LISTS12 = (VOC12 + "ImageSets/Segmentation/{split}.txt",)
 
-# {name: (its layouts, of which the first whose masks are there is read; {split: its numbers of
-# images, if known})}. What lies in READY was prepared by the scripts of other repositories.
+# {name: (its layouts, of which the first whose masks are there is read; {split: numbers of images
+# of a complete download})}. What lies in READY was prepared by other repositories' scripts.
 BENCHMARKS = {
     "coco-stuff": ([
         Layout(COCO_JPG, "coco-stuff/annotations/{split}2017/*.png", COCO, [255]),
@@ -59,7 +59,7 @@ BENCHMARKS = {
                read=readers.read_ade_colours, short_side=512),
         Layout(ADE21 + "images_detectron2/{ade}/*.jpg", ADE21 + READY + "{ade}/*.tif", range(847),
                [65535])],
-        {"train": [], "val": [2000]}),
+        {"train": [25_574], "val": [2000]}),
     "pc-459": ([
         Layout(JPG10, MAT, range(1, 460), [0], LISTS10, readers.read_label_map),
         Layout(JPG10, VOC10 + READY + "pc459_{split}/*.tif", range(459), [65535])],
@@ -95,14 +95,14 @@ def open_benchmark(name, root, split):
     if split not in expected:
         raise UserError(f"--dataset {name} is for evaluation only: train on voc-20")
     places = [locate(root, layout.masks, split)[0] for layout in layouts]
-    there = [place.is_file() or place.is_dir() and any(place.iterdir()) for place in places]
+    there = [place.is_file() or place.is_dir() and any(place.glob("[!.]*")) for place in places]
     if not any(there):
         raise UserError(f"--dataset {name}: nothing is in {', '.join(map(str, places))} "
                         f"(--data-root is {root}; docs/data.md says what to download)")
     lines = (CLASSES / f"{name}.txt").read_text(encoding="utf-8").splitlines()
     names = [line.split("\t")[-1] for line in lines]
     dataset = Files(root, split, names, layouts[there.index(True)])
-    if expected[split] and len(dataset) not in expected[split]:
+    if len(dataset) not in expected[split]:
         dataset.source += f" (warning: a complete download has {expected[split][0]} images)"
     return dataset
 
@@ -119,7 +119,7 @@ class Files:
         mask_place, masks, _ = find_files(root, layout.masks, split, readers.MASK_TYPES)
         self.source = f"{image_place} with {mask_place}{layout.note}"
         if others:
-            self.source += f", but for {others} files of other types"
+            self.source += f", but for {others} other files or folders there"
         stems = masks
         if layout.lists:
             lists = [locate(root, path, split)[0] for path in layout.lists]
@@ -131,8 +131,8 @@ class Files:
         lonely = sorted(stem for stem in stems if stem not in images or stem not in masks)
         if lonely:
             place = mask_place if lonely[0] in images else image_place
-            raise UserError(f"{place} has no file {lonely[0][:99]} (and {len(lonely) - 1} more "
-                            "files have no partner)")
+            raise UserError(f"{place} has no file {lonely[0][:99]} (files without a partner: "
+                            f"{len(lonely)})")
         self.pairs = [(images[stem], masks[stem]) for stem in sorted(set(stems))]
         self.files = [image.name for image, _ in self.pairs]
 

@@ -139,7 +139,7 @@ def read_list(path, split, masks):
             details = masks if read else read_detail(path)
             stems = [stem for stem, image in details.items() if image.phase == split]
         else:
-            stems = path.read_text().split()
+            stems = path.read_text(encoding="utf-8-sig").split()
         if path.parent.name == "Main":  # PASCAL-Context lacks a few of these
             stems = [stem for stem in stems if stem in masks]
         if not stems:

@@ -212,7 +212,6 @@ def test_one_of_two_processes_is_lost(start):
 
 
 def test_processes_that_differ_do_not_train(start):
-    """In flags, names, first weights (digest(None) is None, not "None") or their checkpoint."""
     preludes = ("sys.argv.append('--lr=0.07')", "data.read_names = lambda *_: ['a', 'b', 'c']",
                 "files.digest = str", "checkpoint.digest = str")
     for pair in [start(p[:4], processes=2, prelude=RANK_1 + p) for p in preludes]:

@@ -276,7 +276,7 @@ def test_lists_and_parts_of_a_dataset(tmp_path, monkeypatch):
     path = tmp_path / VOC12 / LISTS[VOC12]
     for number in (1, 2, 3):
         write(tmp_path, "voc-20", [[1, 2]], number)
-    path.write_bytes(b"2008_000003\r\n2008_000001\r\n\r\n")
+    path.write_bytes(b"\xef\xbb\xbf2008_000003\r\n2008_000001\r\n\r\n")
     dataset, loaded = load_all("voc-20", tmp_path)
     assert set(loaded) == {"2008_000003", "2008_000001"}
     assert "warning: a complete download has 1449 images" in dataset.description
@@ -325,6 +325,8 @@ def test_classes_replace_the_names(tmp_path):
     for name, count in (("voc-20", 19), ("voc-20", 21), ("voc-20b", 20)):
         with pytest.raises(UserError, match=f"has {count} names, and {name} needs"):
             open_dataset(name, tmp_path, "val", [f"thing {i}" for i in range(count)])
+    with pytest.raises(UserError, match="the first 20 names of voc-20b"):
+        open_dataset("voc-20b", tmp_path, "val", ["background", *twenty])
 
 
 def test_vocabularies():

@@ -140,7 +140,9 @@ def test_summary_separates_seen_from_unseen(seen):
     assert (result["seen"], result["unseen"]) == pytest.approx((80, unseen))
     assert result["harmonic"] == pytest.approx(2 * 80 * unseen / (80 + unseen))
     assert result["pixel_accuracy"] == pytest.approx(2300 / 30)
-    assert "unseen" not in evaluate.summary(confusion, ["a", "b", "c"], ["a", "b", "C"])
+    for names in (["a", "b", "C"], ["a", "b", "background"]):
+        assert "unseen" not in evaluate.summary(confusion, names, ["a", "b", "c"])
+    assert evaluate.summary(0 * confusion, names)["pixel_accuracy"] is None
 
 
 def test_every_image_is_counted_once_in_two_processes(tiny, folder, monkeypatch):

@@ -101,20 +101,16 @@ def labelled(path, rows, names, shares=False):
 def curves(lines, path):
     """Write what a run's log.jsonl says by step: losses, share of reference patches, and mIoU."""
     panels = {
-        "loss": {"segmentation_loss": "segmentation", "spd_loss": "SPD", "cpa_loss": "CPA",
-                 "pooled_loss": "pooled distillation"},
-        "reference patches, share of labelled patches": {
-            "reference_share": "in the step's batch", "reference_share_teacher": "at evaluations"},
-        "validation mIoU, % (step 0: CLIP, zero-shot)": {
-            "seen": "seen classes", "unseen": "unseen classes", "harmonic": "harmonic mean",
-            "mIoU_ground_truth": "all classes"}}
+        "loss": ("segmentation_loss", "spd_loss", "cpa_loss", "pooled_loss"),
+        "reference patches, share": ("reference_share", "reference_share_teacher"),
+        "mIoU, % (step 0: zero-shot)": ("seen", "unseen", "harmonic", "mIoU_ground_truth")}
     figure = Figure((13, 3.6), dpi=130, layout="constrained")
     axes = figure.subplots(1, len(panels))
     for ax, (title, keys) in zip(axes, panels.items()):
-        for key, label in keys.items():
+        for key in keys:
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             if points:
-                ax.plot(*zip(*points), ".-", label=label)
+                ax.plot(*zip(*points), ".-", label=key)
         ax.set(xlabel="training step", ylabel=title)
         ax.grid(alpha=0.3)
         if ax.lines:

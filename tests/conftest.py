@@ -1,4 +1,4 @@
-"""What the tests share: a tiny segmenter, a small dataset of one's own, training in this process."""
+"""What the tests share: a tiny segmenter, a small folder dataset, training in this process."""
 import multiprocessing
 import signal
 import sys

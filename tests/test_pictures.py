@@ -74,7 +74,7 @@ def test_curves(tmp_path, figures):
     pictures.curves(log, tmp_path / "curves.png")
     lines = [line for ax in figures[0].axes for line in ax.lines]
     assert {line.get_label(): line.get_xydata().tolist() for line in lines} == {
-        "segmentation": [[1, 1]], "SPD": [[1, 0]], "in the step's batch": [[1, 0.5]],
-        "at evaluations": [[0, 0.2], [0, 0.3], [2, 0.4]], "seen classes": [[0, 4]],
-        "unseen classes": [[0, 3]], "harmonic mean": [[0, 3.4]], "all classes": [[2, 30]]}
+        "segmentation_loss": [[1, 1]], "spd_loss": [[1, 0]], "reference_share": [[1, 0.5]],
+        "reference_share_teacher": [[0, 0.2], [0, 0.3], [2, 0.4]], "seen": [[0, 4]],
+        "unseen": [[0, 3]], "harmonic": [[0, 3.4]], "mIoU_ground_truth": [[2, 30]]}
     assert all(ax.get_xlabel() and ax.get_ylabel() for ax in figures[0].axes)

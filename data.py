@@ -17,8 +17,11 @@ ROOT_HELP = ("folder of the benchmarks (default $RPMD_DATA, else $DETECTRON2_DAT
              "./datasets)")
 REPORTED = ("ade20k-847", "pc-459", "ade20k-150", "pc-59", "voc-20", "voc-20b")  # by papers
 NAMES = ("coco-stuff", *REPORTED, "folder:PATH", "toy", "toy:N")  # for help
-# empty, quoted, a list's item; a number, or one before or after a name; JSON, YAML, XML; too long
-NO_NAME = re.compile(r"""\s*$|[#,"'*(/]|-\s|\d+\s*([:,)]|$)|.*[,:=|]\s*\d|.*[][{}<>;]|.{301}""")
+# empty, quoted, a comment or a list's item; a number, or one before or after a name; JSON, YAML,
+# XML or characters that can't be seen; too long
+NO_NAME = re.compile(r"""\s*$|[#,"*/]|-\s|\(?\d+\s*([:,)]|$)|.*[,:=|]\s*\d|"""
+                     r".*[][{}<>;\0-\x1f\x7f-\x9f\u200b\u2028\u2029]|.{301}")
+FILE_NAME = re.compile(r"[^,\n]*\.[a-z]{3,5}")
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)  # CLIP's
 STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
 
@@ -30,8 +33,8 @@ def open_dataset(name, root=None, split="val", classes=None, unseen=None):
     It has `len()`, `load(i) -> (PIL RGB image, int64 labels [H,W] with IGNORE, path)`, `names` (its
     vocabulary), `evaluated` (the classes that are scored: the names, except in voc-20b), `source`
     (what is read) and `description` (it in a sentence), `sliding` (whether CAT-Seg's five views are
-    taken), `own_words` (whether the user chose the names) and `fingerprint` (a digest of the names
-    and of the images' file names).
+    taken), `own_masks` and `own_words` (whether masks and names are the user's) and `fingerprint`
+    (a digest of the names and of the images' file names).
     classes: other names, as many as the dataset has: a list, a file, or text (see `read_names`).
     unseen: names to hold out, likewise: the vocabulary lacks them, their pixels carry no label."""
     kind, _, where = name.partition(":")
@@ -64,7 +67,8 @@ def open_dataset(name, root=None, split="val", classes=None, unseen=None):
     dataset.description = (f"{len(dataset)} images of {len(dataset.names)} names, "
                            f"{dataset.source}")
     dataset.sliding = kind != "toy"
-    dataset.own_words = kind == "folder" or classes is not None
+    dataset.own_masks = kind == "folder"
+    dataset.own_words = dataset.own_masks or classes is not None
     identity = json.dumps([dataset.names, dataset.files])
     dataset.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return dataset
@@ -74,11 +78,11 @@ def hold_out(dataset, unseen):
     """Take names out of a dataset's vocabulary, and their labels out of its masks. The first of
     comma-separated synonyms may stand for all."""
     firsts = [name.partition(",")[0].strip() for name in dataset.names]
-    strange = [name for name in unseen if name not in (*dataset.names, *firsts)]
+    unknown = [name for name in unseen if name not in (*dataset.names, *firsts)]
     seen = [i for i, (name, first) in enumerate(zip(dataset.names, firsts))
             if name not in unseen and first not in unseen]
-    if strange or not seen:
-        raise UserError(f"--unseen {', '.join(strange or unseen)[:100]}: expected are some of the "
+    if unknown or not seen:
+        raise UserError(f"--unseen {', '.join(unknown or unseen)[:100]}: expected are some of the "
                         f"dataset's names, not all of them: {str(dataset.names)[:300]}")
     new_label = np.full(len(dataset.names), IGNORE)
     new_label[seen] = range(len(seen))
@@ -90,7 +94,7 @@ def read_names(classes, flag="--classes"):
     """Class names: a list, a file (one a line) or text (split at commas and line ends). A file or
     text may also be a JSON list. Raises UserError, also for what is hardly a name, as `0: red`."""
     where, separator, names = flag, r"[,\n]\s*", classes
-    if isinstance(names, str) and (os.path.isfile(names) or re.search(r"\.[a-z]{3,5}$", names)):
+    if isinstance(names, str) and (os.path.isfile(names) or FILE_NAME.fullmatch(names)):
         classes = Path(classes)
     if isinstance(classes, Path):
         where, separator = classes, "\n"
@@ -105,7 +109,7 @@ def read_names(classes, flag="--classes"):
         raise UserError(f"{where} should hold 1 to 32767 class names, and holds {len(names)}")
     numbered = len(names) > 1 and all(re.match(r"\d+\W", str(name)) for name in names)
     for i, name in enumerate(names, 1):
-        if numbered or not isinstance(name, str) or NO_NAME.match(name) or not name.isprintable():
+        if numbered or not isinstance(name, str) or NO_NAME.match(name):
             raise UserError(f"{where} should hold names of classes alone (a file, one a line), of "
                             f"at most 300 letters each, and name {i} is {str(name)[:100]!r}")
     if len(set(names)) < len(names):
@@ -119,12 +123,12 @@ def count_labels(pixel_labels, num_classes):
     return np.bincount(np.ravel(pixel_labels) % (num_classes + 1), minlength=num_classes + 1)
 
 
-def doubt(dataset, counts):
+def doubt_about_255(dataset, counts):
     """A sentence if 255 seems to be a class of one's own masks, else "". counts: `count_labels`."""
     absent = [name for name, n in zip(dataset.evaluated, counts) if n == 0]
     # masks of 0 and 255: all classes but one have pixels, or one class alone has
     one_apart = len(absent) == 1 or 0 < len(absent) == len(dataset.evaluated) - 1
-    if dataset.own_words and one_apart and counts[-1] > 0.0001 * counts.sum():
+    if dataset.own_masks and one_apart and counts[-1] > 0.001 * counts.sum():
         return f"no pixel is {absent[0]!r}, and some have no label: is it stored as 255?"
     return ""
 

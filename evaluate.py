@@ -115,7 +115,7 @@ def segment(model, image, names, **options):
     return label_map(model.eval(), read_image(image), encode_names(model, names), **options)
 
 
-def spoken(name):
+def normalised_name(name):
     """What the tokenizer makes of a class name: its first synonym, in small letters."""
     return get_clean_fn("lower")(first_synonym(name))
 
@@ -139,9 +139,9 @@ def check_names(model, names, own_words=False, trained_on=""):
     if trained_on.startswith("toy"):
         from sources.toy import NAMES
         words = set(" ".join(NAMES).split())
-        strange = [name for name in names if not words.issuperset(spoken(name).split())]
-        if strange:
-            accidents.say(f"warning: the toy world's CLIP has no words for {strange[0]!r}")
+        unknown = [name for name in names if not words.issuperset(normalised_name(name).split())]
+        if unknown:
+            accidents.say(f"warning: the toy world's CLIP has no words for {unknown[0]!r}")
 
 
 def confusion_matrix(prediction, pixel_labels, num_classes):
@@ -179,16 +179,17 @@ def summary(confusion, names, seen=None):
     """A confusion matrix as plain numbers, in per cent but for the number of pixels: both mIoU,
     pixel accuracy, IoU per class. If `seen` (names that segmentation training showed) holds some of
     the names and not all, also mIoU of seen and unseen ones and their harmonic mean. Names are
-    compared as the tokenizer reads them; an unseen "background" is no class of its own."""
+    compared as the tokenizer reads them; an unseen "background" counts in neither group."""
     def percent(x):
         return None if np.isnan(x) else 100 * x  # JSON has no NaN
 
     result = {f"mIoU_{name}": percent(value) for name, value in mean_iou(confusion).items()}
     result["pixels"] = confusion.sum().item()
     result["pixel_accuracy"] = percent((confusion.double().trace() / confusion.sum()).item())
-    seen = set(map(spoken, seen or ()))
-    shown = [i for i, name in enumerate(names) if spoken(name) in seen]
-    others = [i for i, name in enumerate(names) if spoken(name) not in {*seen, "background"}]
+    seen = set(map(normalised_name, seen or ()))
+    read = list(map(normalised_name, names))
+    shown = [i for i, name in enumerate(read) if name in seen]
+    others = [i for i, name in enumerate(read) if name not in {*seen, "background"}]
     if shown and others:
         a = mean_iou(confusion, shown)["ground_truth"]
         b = mean_iou(confusion, others)["ground_truth"]
@@ -222,7 +223,7 @@ def evaluate(model, dataset, seen=None, zero_shot=False, rank=0, world=1):
     if world > 1:
         dist.all_reduce(total)
         dist.all_reduce(counts)
-    if said := data.doubt(dataset, counts):
+    if said := data.doubt_about_255(dataset, counts):
         accidents.say(f"warning: {said}")
     return summary(total, dataset.evaluated, seen)
 
@@ -242,8 +243,8 @@ def examples(path, model, original, momentum, dataset, seen):
     the prediction. original: the Segmenter with CLIP as training began;
     momentum: MomentumEncoder, or None for the model's own patches; seen: the training names."""
     from support import pictures
-    seen = set(map(spoken, seen))
-    unseen = [name for name in dataset.evaluated if spoken(name) not in seen]
+    seen = set(map(normalised_name, seen))
+    unseen = [name for name in dataset.evaluated if normalised_name(name) not in seen]
     encode = momentum or model.encode_image
     first_text, text = encode_names(original, dataset.names), encode_names(model, dataset.names)
     rows, label_maps = [], []
@@ -338,7 +339,7 @@ def parse(argv=None):
     add, either = p.add_argument, p.add_mutually_exclusive_group().add_argument
     add("--checkpoint", required=True, help="checkpoint of train.py, or one that CAT-Seg published")
     either("--datasets", nargs="+", default=["toy"], metavar="NAME",
-        help=f"{', '.join(data.NAMES)}; all: {', '.join(data.REPORTED)} (default toy)")
+           help=f"{', '.join(data.NAMES)}; all: {', '.join(data.REPORTED)} (default toy)")
     add("--data-root", help=data.ROOT_HELP)
     either("--image", nargs="+", metavar="PATH", help="label these pictures or folders instead; "
                                                        "needs --classes")

@@ -31,7 +31,7 @@ def device_type(x):
     return "cuda" if x.is_cuda else "cpu"  # autocast refuses "meta"
 
 
-def lowered(parameter, dtype):
+def cast(parameter, dtype):
     """The parameter in this dtype. The cast of one that does not train is kept on it until it
     changes; autocast would cast it at every use, and once more for the teacher that shares it."""
     if parameter.dtype == dtype:
@@ -39,22 +39,22 @@ def lowered(parameter, dtype):
     if parameter.requires_grad or torch.compiler.is_compiling():
         return parameter.to(dtype)
     state = dtype, parameter.device, parameter._version, torch.is_inference_mode_enabled()
-    kept_state, cast = getattr(parameter, "lowered", (None, None))
+    kept_state, kept = getattr(parameter, "kept_cast", (None, None))
     if kept_state != state:
-        cast = parameter.to(dtype)
-        parameter.lowered = state, cast
-    return cast
+        kept = parameter.to(dtype)
+        parameter.kept_cast = state, kept
+    return kept
 
 
 def linear(layer, x):
     """layer(x) for a linear layer, in the dtype of x."""
-    return F.linear(x, lowered(layer.weight, x.dtype), lowered(layer.bias, x.dtype))
+    return F.linear(x, cast(layer.weight, x.dtype), cast(layer.bias, x.dtype))
 
 
 def norm(layer, x):
     """layer(x) for a LayerNorm or GroupNorm, in the dtype of x. Autocast would cast x to float32
     and back, although the sums are in float32 either way."""
-    weight, bias = lowered(layer.weight, x.dtype), lowered(layer.bias, x.dtype)
+    weight, bias = cast(layer.weight, x.dtype), cast(layer.bias, x.dtype)
     with torch.autocast(device_type(x), enabled=False):
         if isinstance(layer, nn.GroupNorm):
             return F.group_norm(x, layer.num_groups, weight, bias, layer.eps)
@@ -78,9 +78,9 @@ class Attention(nn.Module):
     def forward(self, x, causal=False):
         """x [B,n,width] -> [B,n,width]. causal: a token attends to none that follows it.
         The casts of q and v are not kept, because q and v change at every step."""
-        packed = torch.cat([self.q_proj_weight.to(x.dtype), lowered(self.k_proj_weight, x.dtype),
+        packed = torch.cat([self.q_proj_weight.to(x.dtype), cast(self.k_proj_weight, x.dtype),
                             self.v_proj_weight.to(x.dtype)])
-        qkv = F.linear(x, packed, lowered(self.in_proj_bias, x.dtype))  # [B,n,3*width]
+        qkv = F.linear(x, packed, cast(self.in_proj_bias, x.dtype))  # [B,n,3*width]
         qkv = qkv.unflatten(2, (3, self.heads, -1)).unbind(2)
         q, k, v = (part.transpose(1, 2) for part in qkv)  # [B,heads,n,width/heads]
         x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
     def value(self, x):
         """What forward gives if every token attends to itself alone."""
-        v_bias = lowered(self.in_proj_bias, x.dtype).chunk(3)[2]
+        v_bias = cast(self.in_proj_bias, x.dtype).chunk(3)[2]
         return linear(self.out_proj, F.linear(x, self.v_proj_weight, v_bias))
 
 
@@ -97,8 +97,8 @@ def mlp(layers, x):
     h * sigmoid(1.702 h) = silu(1.702 h) / 1.702, leaves both factors to the matrix products."""
     if not isinstance(layers.gelu, open_clip.transformer.QuickGELU):
         return linear(layers.c_proj, layers.gelu(linear(layers.c_fc, x)))
-    up, up_bias = lowered(layers.c_fc.weight, x.dtype), lowered(layers.c_fc.bias, x.dtype)
-    down, down_bias = lowered(layers.c_proj.weight, x.dtype), lowered(layers.c_proj.bias, x.dtype)
+    up, up_bias = cast(layers.c_fc.weight, x.dtype), cast(layers.c_fc.bias, x.dtype)
+    down, down_bias = cast(layers.c_proj.weight, x.dtype), cast(layers.c_proj.bias, x.dtype)
     h = torch.addmm(1.702 * up_bias, x.flatten(0, 1), up.T, alpha=1.702)
     return torch.addmm(down_bias, F.silu(h), down.T, alpha=1 / 1.702).view_as(x)
 
@@ -153,7 +153,7 @@ class ImageEncoder(nn.Module):
             if i in (len(blocks) // 3, 2 * len(blocks) // 3):
                 middle.append(x[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid)))
         x = run_dense_block(blocks[-1], x, self.class_token_residual)
-        patches = norm(visual.ln_post, x[:, 1:]) @ lowered(visual.proj, x.dtype)  # [B,L,D]
+        patches = norm(visual.ln_post, x[:, 1:]) @ cast(visual.proj, x.dtype)  # [B,L,D]
         return patches, middle
 
 
@@ -180,7 +180,7 @@ class TextEncoder(nn.Module):
         for block in self.transformer.resblocks:
             x = run_block(block, x, causal=True)
         x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]  # [K,width]
-        return F.normalize(norm(self.ln_final, x) @ lowered(self.text_projection, x.dtype), dim=-1)
+        return F.normalize(norm(self.ln_final, x) @ cast(self.text_projection, x.dtype), dim=-1)
 
 
 def first_synonym(name):
@@ -518,4 +518,4 @@ class Segmenter(nn.Module):
         self.image_encoder.visual.transformer.resblocks[-1].attn.q_proj_weight.requires_grad = False
 
 
-build = Segmenter  # for scripts
+build = Segmenter  # the name that scripts use

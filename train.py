@@ -100,7 +100,7 @@ def parse(argv=None):
         f"steps (default 1 - 3 / steps; tiny CLIP {TOY['alpha']:g}); rpmd only")
     add("--spd-features", default="normalised", choices=("normalised", "raw"),
         help="features that Eq. (2) compares: unit vectors (default), or raw as in the paper")
-    setting(add, "--tpa-steps", number(int, 0), "steps of TPA, where SPD is used and text trains")
+    setting(add, "--tpa-steps", number(int, 0), "steps of TPA, used with SPD if text is trained")
     setting(add, "--tpa-lr", number(float, 0), "learning rate of TPA")
 
     add = parser.add_argument_group("schedule and run").add_argument
@@ -244,7 +244,7 @@ def build_model(args, rank):
         checkpoint.load_weights(model, args.init_cat_seg)
     model.set_trained(args.adapt)
     if args.distill != "none" and args.adapt in ("text", "none"):
-        say(f"warning: --adapt {args.adapt} leaves --distill {args.distill} nothing to act on")
+        say(f"warning: --adapt {args.adapt} leaves --distill {args.distill} no weights to protect")
     return model
 
 
@@ -298,7 +298,8 @@ def reference_share(model, momentum, tokens, batches):
         dist.all_reduce(sums)
     reference, labelled = sums.tolist()
     if not labelled:
-        say("warning: no patch of these crops has a label on most of its pixels: SPD and CPA are 0")
+        say("warning: no patch of the sampled crops has a label on most of its pixels: none can be "
+            "a reference patch")
     return reference / max(1, labelled)
 
 
@@ -410,7 +411,8 @@ def main(args):
     parts = args.accumulate  # micro-batches of a step
     micro_batches = batches(args.batch_size // parts, step * parts, args.steps * parts)
     bar = tqdm(range(step + 1, args.steps + 1), "train", args.steps, initial=step, disable=rank > 0)
-    if due(args.eval_every, step) and step < args.steps and "mIoU_union" not in log[-1]:
+    evaluated = [line["step"] for line in log if "mIoU_union" in line]
+    if (due(args.eval_every, step) or step == args.steps) and step not in evaluated:
         add(step=step, **evaluation())  # the run was stopped before it or in it
     accidents.answer_signals(accidents.ask_to_stop)
     for step in bar:
@@ -451,10 +453,9 @@ def main(args):
         if stop:
             say(f"stopped after step {step} as asked; the same command resumes from {last}")
             return 130
-        if due(args.eval_every, step) and step < args.steps:
+        if due(args.eval_every, step) or step == args.steps:
             add(step=step, **evaluation())
 
-    add(step=step, **evaluation())
     if rank == 0:
         report(out, log, args, model, original, momentum, val_set, train_set.names)
 

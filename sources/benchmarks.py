@@ -16,7 +16,7 @@ from sources import readers
 from support.files import UserError
 
 CLASSES = Path(__file__).parent / "classes"
-STRANGE = IGNORE - 1  # marks values that no mask should hold
+UNKNOWN = IGNORE - 1  # marks values that no mask should hold
 
 
 class Layout(NamedTuple):
@@ -112,14 +112,14 @@ class Files:
 
     def __init__(self, root, split, names, layout):
         self.names, self.layout = names, layout
-        self.lookup = np.full(65537, STRANGE)  # label of each raw value, and of all others
+        self.lookup = np.full(65537, UNKNOWN)  # label of each raw value, and of all others
         self.lookup[list(layout.ignored)] = IGNORE
         self.lookup[list(layout.raw)] = range(len(layout.raw))
         image_place, images, others = find_files(root, layout.images, split, readers.IMAGE_TYPES)
         mask_place, masks, _ = find_files(root, layout.masks, split, readers.MASK_TYPES)
         self.source = f"{image_place} with {mask_place}{layout.note}"
         if others:
-            self.source += f", but for {others} other files or folders there"
+            self.source += f" (other files or folders there: {others})"
         stems = masks
         if layout.lists:
             lists = [locate(root, path, split)[0] for path in layout.lists]
@@ -128,11 +128,11 @@ class Files:
             self.source += f", as {listed} lists them"
         elif "{" in layout.images:
             stems = images | masks
-        lonely = sorted(stem for stem in stems if stem not in images or stem not in masks)
-        if lonely:
-            place = mask_place if lonely[0] in images else image_place
-            raise UserError(f"{place} has no file {lonely[0][:99]} (files without a partner: "
-                            f"{len(lonely)})")
+        unpaired = sorted(stem for stem in stems if stem not in images or stem not in masks)
+        if unpaired:
+            place = mask_place if unpaired[0] in images else image_place
+            raise UserError(f"{place} has no file {unpaired[0][:99]} (files without a partner: "
+                            f"{len(unpaired)})")
         self.pairs = [(images[stem], masks[stem]) for stem in sorted(set(stems))]
         self.files = [image.name for image, _ in self.pairs]
 
@@ -148,9 +148,9 @@ class Files:
             raise UserError(f"{where} should be a mask of one channel of integers up to {max(raw)} "
                             f"and {ignored}, not {mask.dtype} of shape {mask.shape}")
         pixel_labels = self.lookup[mask.astype(np.int64).clip(-1, 65536)]
-        strange = mask[pixel_labels == STRANGE]
-        if strange.size:
-            raise UserError(f"{where} holds the value {strange[0]}, which is none of {len(raw)} "
+        unknown = mask[pixel_labels == UNKNOWN]
+        if unknown.size:
+            raise UserError(f"{where} holds the value {unknown[0]}, which is none of {len(raw)} "
                             f"classes in {min(raw)}..{max(raw)}, nor the ignored {ignored}")
         if mask.shape[::-1] != image.size:
             raise UserError(f"{where} is of size {mask.shape[::-1]}, and its image {image.size}")
@@ -192,7 +192,7 @@ def find_files(root, pattern, split, types):
             if stem in found:
                 raise UserError(f"{path} has a twin of another type in {place}")
             found[stem] = path
-        else:
+        elif not path.name.startswith("."):
             others += 1
     if not found:
         raise UserError(f"{place} holds no file {inner} of type {', '.join(types)}")

@@ -41,7 +41,7 @@ def check(dataset, title):
     counts = sum(counts for counts, _ in items)
     for n, name in sorted(zip(counts, [*dataset.evaluated, "(ignored)"]), reverse=True):
         print(f"{100 * n / counts.sum():7.2f} % of the pixels  {name}")
-    if said := data.doubt(dataset, counts):
+    if said := data.doubt_about_255(dataset, counts):
         print(f"warning: {said}")
     colours = {entry for _, palette in items for entry in palette.items()}
     if len(colours) > len(dict(colours)):

@@ -22,9 +22,9 @@ stop_asked = False  # by a signal during training
 
 @contextlib.contextmanager
 def door():
-    """Stands around a main function. A UserError, a full GPU and the loss of another process end it
-    with a sentence and status 1, a signal with 130; any other exception is a bug and keeps
-    its traceback."""
+    """Stands around a main function. A UserError, a full GPU, a killed loader and the loss of
+    another process end it with a sentence and status 1, a signal with 130; any other exception is a
+    bug and keeps its traceback."""
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     answer_signals(signal.default_int_handler)  # raises KeyboardInterrupt
     status = 1
@@ -170,5 +170,5 @@ def lock_folder(out):
         if getattr(e, "errno", None) not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
             raise UserError(f"--out {out} can't be written to, or locked ({e})") from e
         say(f"note: {out} is on a file system without locks ({e}): start no second run in it")
-    for leftover in out.glob(".????????????????.partial"):  # `replacing` was killed
+    for leftover in out.glob("." + 16 * "[0-9a-f]" + ".partial"):  # `replacing` was killed
         leftover.unlink()

@@ -93,8 +93,8 @@ def load_weights(model, path):
 
 
 def load_clip(clip, pretrained):
-    """An open_clip.model.CLIP with published weights. clip: see `model.build`; pretrained: one of
-    open_clip's tags ("openai" is downloaded once), or a file. Raises UserError, also where weights
+    """An open_clip.model.CLIP with published weights. clip: see `model.Segmenter`; pretrained: a
+    tag of open_clip ("openai" is downloaded once), or a file. Raises UserError, also where weights
     and model differ in their activation."""
     with reading(f"--pretrained {pretrained}", f"weights of --clip {clip}"):
         sizes = clip_sizes(clip)
@@ -160,8 +160,9 @@ def resume(path, model, original, momentum, optimiser, scaler, log, args, names,
         return None
     state = read(path)
     with reading(path, "a checkpoint to resume from"):
-        before = {**state["args"], "class_names": state["names"], "image_names": state["data"]}
-        for name, value in {**args, "class_names": names, "image_names": data}.items():
+        images = "images (training, validation) whose names have the digests"
+        before = {**state["args"], "class names": state["names"], images: state["data"]}
+        for name, value in {**args, "class names": names, images: data}.items():
             if name not in FREE and before.get(name) != value:
                 raise UserError(f"{path} was trained with {name.replace('_', '-')} "
                                 f"{str(before.get(name))[:200]}, not {str(value)[:200]}: use that, "

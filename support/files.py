@@ -44,8 +44,10 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as e:  # torch.save raises the latter, after the former
-        cause = e.__context__ or e
+    except (OSError, RuntimeError) as e:
+        cause = e
+        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):  # from torch.save
+            cause = e.__context__
         raise UserError(f"{path} can't be written ({' '.join(str(cause).split())[:300]})") from e
     finally:
         with contextlib.suppress(OSError):  # it has been renamed, or the disk is read-only
@@ -53,10 +55,10 @@ def replacing(path):
 
 
 def digest(path):
-    """The SHA-256 of a file, None where there is none."""
+    """The SHA-256 of a file, None where there is none. Raises UserError."""
     if path is None or not os.path.isfile(path):
         return None
-    with open(path, "rb") as file:
+    with reading(path, "a file"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -15,7 +15,7 @@ from support.files import replacing
 @functools.cache
 def palette():
     """Colours of labels 0..1023, and black where IGNORE = -1 finds it: uint8 [1025,3]. They are
-    PASCAL VOC's, lightened: a label's bits go to red, green and blue in turn."""
+    PASCAL VOC's, lightened: the bits of label + 1 go to red, green and blue in turn."""
     label = np.arange(1, 1025)
     colours = np.zeros((1025, 3), np.uint8)
     for bit in range(11):

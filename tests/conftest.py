@@ -68,13 +68,13 @@ def training(folder, tmp_path, monkeypatch):
     # drawing takes half of so small a run; test_train's two processes draw
     monkeypatch.setattr(pictures, "curves", lambda lines, path: path.write_text("a plot"))
     monkeypatch.setattr(evaluate, "examples", lambda path, *_: path.write_text("pictures"))
+    monkeypatch.setitem(train.TOY, "log_every", 1)
 
     def go(name, *flags):
         defaults = (f"--dataset=folder:{folder}", f"--out={tmp_path / name}", "--clip=tiny",
                     "--steps=6", "--tpa-steps=2", "--eval-every=0", "--save-every=2")
         monkeypatch.setitem(train.TOY, "channels", 16)
         monkeypatch.setitem(TINY, "text_cfg", TINY["text_cfg"] | dict(width=32, heads=2))
-        monkeypatch.setitem(train.TOY, "log_every", 1)
         monkeypatch.setattr(accidents, "stop_asked", False)
         train.main(train.parse([*defaults, *map(str, flags)]))
         return tmp_path / name

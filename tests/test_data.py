@@ -63,7 +63,7 @@ def test_the_same_data_elsewhere_have_the_same_fingerprint(folder, tmp_path):
     for name in ("images/train/{}.jpg", "masks/train/{}.png"):
         (moved / name.format(0)).rename(moved / name.format(9))
     (moved / "images/train/8.gif").touch()
-    assert trained(moved).fingerprint != first and "but for 1 other file" in trained(moved).source
+    assert trained(moved).fingerprint != first and "folders there: 1" in trained(moved).source
 
 
 @pytest.mark.parametrize("words, harm", {
@@ -252,6 +252,7 @@ def test_jitter_is_ssds():
     outs = [data.colour_jitter(image, 1.0, np.random.default_rng(i)) for i in range(100)]
     hues = np.array([np.asarray(out.convert("HSV"))[0, 0, 0] for out in (*outs, image)], int)
     turns = (hues[:-1] - hues[-1] + 128) % 256 - 128
+    assert np.array_equal(data.colour_jitter(image, 0.0, np.random.default_rng(0)), image)
     assert 15 < abs(turns).max() <= 30 and (abs(turns) <= 2).mean() > 0.4
 
 
@@ -297,12 +298,12 @@ def test_doubts_about_palettes_and_whether_255_is_a_class(tiny, folder, capsys, 
     dataset = trained(folder)
     labels = torch.tensor([[-1, -1, 0, 1]] * 2)
     counts = data.count_labels(labels, 2)
-    assert counts.tolist() == [2, 2, 4] and data.doubt(dataset, counts) == ""
+    assert counts.tolist() == [2, 2, 4] and data.doubt_about_255(dataset, counts) == ""
     evaluate.evaluate(tiny, dataset)
     crop = torch.zeros(1, 3, 64, 64), torch.full((1, 64, 64), IGNORE), []
     assert train.reference_share(tiny, None, tiny.tokenize(dataset.names), [crop]) == 0
     said = capsys.readouterr().out
-    assert "warning: no pixel is 'road'" in said and "SPD and CPA are 0" in said
-    assert data.doubt(dataset, np.array([90, 0, 0])) == ""  # nothing is ignored
+    assert "warning: no pixel is 'road'" in said and "none can be a reference" in said
+    assert data.doubt_about_255(dataset, np.array([90, 0, 0])) == ""  # nothing is ignored
     dataset.evaluated = ["background", "road", "sky", "sea"]
-    assert data.doubt(dataset, np.array([90, 1, 0, 0, 9])) == ""  # rare classes, and void
+    assert data.doubt_about_255(dataset, np.array([90, 1, 0, 0, 9])) == ""  # rare classes, and void

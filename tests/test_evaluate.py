@@ -148,6 +148,8 @@ def test_summary_separates_seen_from_unseen(seen):
 def test_every_image_is_counted_once_in_two_processes(tiny, folder, monkeypatch):
     dataset, other = data.open_dataset(f"folder:{folder}"), []
     dataset.sliding = False
+    asked = mock.Mock(return_value="")
+    monkeypatch.setattr(data, "doubt_about_255", asked)
     whole = evaluate.evaluate(tiny, dataset)
     assert whole["pixels"] == 3 * (60 * 80 - 1)  # one pixel of each is void
     monkeypatch.setattr("torch.distributed.all_reduce", other.append)
@@ -155,6 +157,8 @@ def test_every_image_is_counted_once_in_two_processes(tiny, folder, monkeypatch)
     assert 0 < other[0].sum() < whole["pixels"]
     monkeypatch.setattr("torch.distributed.all_reduce", lambda total: total.add_(other.pop(0)))
     assert evaluate.evaluate(tiny, dataset, rank=0, world=2) == whole
+    (_, counts), *_, (_, added) = [call.args for call in asked.call_args_list]
+    assert torch.equal(counts, added) and counts.sum() == 3 * 60 * 80
     monkeypatch.setattr("torch.distributed.all_reduce", lambda total: None)
     assert evaluate.evaluate(tiny, dataset, rank=7, world=8)["pixels"] == 0  # more than images
     monkeypatch.setattr(accidents, "stop_asked", True)

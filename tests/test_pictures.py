@@ -77,4 +77,3 @@ def test_curves(tmp_path, figures):
         "segmentation_loss": [[1, 1]], "spd_loss": [[1, 0]], "reference_share": [[1, 0.5]],
         "reference_share_teacher": [[0, 0.2], [0, 0.3], [2, 0.4]], "seen": [[0, 4]],
         "unseen": [[0, 3]], "harmonic": [[0, 3.4]], "mIoU_ground_truth": [[2, 30]]}
-    assert all(ax.get_xlabel() and ax.get_ylabel() for ax in figures[0].axes)

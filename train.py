@@ -358,8 +358,8 @@ def main(args):
     # data
     train_set = data.open_dataset(args.dataset, args.data_root, "train", unseen=args.unseen)
     val_set = data.open_dataset(args.dataset, args.data_root, "val")
-    images = [train_set.fingerprint, val_set.fingerprint]
-    accidents.agree({**vars(args), "digest of images and names": images})
+    fingerprints = [train_set.fingerprint, val_set.fingerprint]
+    accidents.agree({**vars(args), "digest of images and names": fingerprints})
     say(f"training: {train_set.description}\nvalidation: {val_set.description}")
     crops = data.TrainingCrops(train_set, args.image_size, args.seed, args.jitter)
     batches = functools.partial(data.batches, crops, rank=rank, world=world, workers=args.workers,
@@ -378,7 +378,7 @@ def main(args):
     # resume
     log = []
     run = dict(model=model, original=original, momentum=momentum, optimiser=optimiser, log=log,
-               scaler=scaler, args=vars(args), names=train_set.names, data=images)
+               scaler=scaler, args=vars(args), names=train_set.names, data=fingerprints)
     step = checkpoint.resume(last, **run)
     add = functools.partial(add_line, log, out / "log.jsonl")
 

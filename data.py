@@ -202,7 +202,8 @@ def colour_jitter(image, strength, rng):
     if s or h:  # the way to HSV and back is not exact
         hue, saturation, value = image.convert("HSV").split()
         saturation = saturation.point([int(min(v * (1 + 0.5 * s), 255)) for v in range(256)])
-        hue = hue.point([int(v + 18 * h * 256 / 180) % 256 for v in range(256)])  # OpenCV's: 180
+        # at most 18 of OpenCV's 180 steps
+        hue = hue.point([int(v + 18 * h * 256 / 180) % 256 for v in range(256)])
         image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
     if not contrast_first:
         image = stretch(image, 1 + 0.5 * c, 0)

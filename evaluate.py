@@ -240,8 +240,8 @@ def patch_view(model, image, pixel_labels):
 @torch.inference_mode()
 def examples(path, model, original, momentum, dataset, seen):
     """Draw, for three images of a dataset, the reference patches before and after training, and
-    the prediction. original: the Segmenter with CLIP as training began;
-    momentum: MomentumEncoder, or None for the model's own patches; seen: the training names."""
+    the prediction. original: the Segmenter with CLIP as training began; momentum: MomentumEncoder,
+    or None for the model's own patches; seen: the training names."""
     from support import pictures
     seen = set(map(normalised_name, seen))
     unseen = [name for name in dataset.evaluated if normalised_name(name) not in seen]

@@ -75,13 +75,12 @@ def parse(argv=None):
     add("--workers", type=number(int, 0), default=4 if cuda else 0,
         help="loader processes per GPU (default 4; 0 without a GPU)")
 
-    group = parser.add_argument_group("model")
-    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    add = parser.add_argument_group("model").add_argument
     add("--clip", help="tiny (default for toy), or a ViT of open_clip (default ViT-B-16-quickgelu)")
-    either("--pretrained", help="CLIP's weights: a tag of open_clip (default openai), a file, toy "
-           "(default for toy) or none (default with tiny and other data)")
-    either("--init-cat-seg", metavar="FILE", help="start from a checkpoint that CAT-Seg published; "
-                                                  "its CLIP then counts as the original")
+    add("--pretrained", help="CLIP's weights: a tag of open_clip (default openai), a file, toy "
+        "(default for toy) or none (default with --init-cat-seg, or tiny and other data)")
+    add("--init-cat-seg", metavar="FILE", help="start from a checkpoint that CAT-Seg published; "
+                                               "its CLIP then counts as the original")
     add("--adapt", default="both", choices=("both", "visual", "text", "none"),
         help="encoders of CLIP that are trained (default both)")
     setting(add, "--image-size", number(int, 16, 2048), "side of the training crops")
@@ -127,6 +126,8 @@ def parse(argv=None):
         defaults.update(TOY, pretrained="toy" if toy else "none")
     if args.init_cat_seg is not None:
         defaults["pretrained"] = "none"
+        if args.pretrained not in (None, "none"):
+            raise UserError("--init-cat-seg replaces the weights of --pretrained: leave one out")
     world = accidents.torchrun()[1]
     defaults["batch_size"] = math.ceil(RECIPE["batch_size"] / world) * world
     folder = Path(args.dataset.removeprefix("folder:").replace("toy:", "toy-")).expanduser()

@@ -129,7 +129,8 @@ def check_activation(path, quick_gelu):
 def is_openais(path, url):
     """Whether a file is the one at OpenAI's url, which holds its SHA-256. These files are programs
     (TorchScript), so no other file of this kind is opened."""
-    return bool(url) and (digest(path) or "no file") in url
+    found = digest(path)
+    return bool(url and found and found in url)
 
 
 def save(path, step, model, original, **run):
@@ -160,9 +161,9 @@ def resume(path, model, original, momentum, optimiser, scaler, log, args, names,
         return None
     state = read(path)
     with reading(path, "a checkpoint to resume from"):
-        images = "images (training, validation) whose names have the digests"
-        before = {**state["args"], "class names": state["names"], images: state["data"]}
-        for name, value in {**args, "class names": names, images: data}.items():
+        digests = "images (training, validation) whose names have the digests"
+        before = {**state["args"], "class names": state["names"], digests: state["data"]}
+        for name, value in {**args, "class names": names, digests: data}.items():
             if name not in FREE and before.get(name) != value:
                 raise UserError(f"{path} was trained with {name.replace('_', '-')} "
                                 f"{str(before.get(name))[:200]}, not {str(value)[:200]}: use that, "

@@ -14,6 +14,7 @@ from support.files import UserError, digest, reading, replacing
 
 FREE = ("dataset data_root unseen workers out restart accumulate compile log_every eval_every "
         "save_every snapshot_every").split()  # flags that may change when a run is resumed
+OPENAI_CONSTANTS = ("input_resolution", "context_length", "vocab_size")  # beside its weights
 CAT_SEG = {  # by the shape of the patch embedding's kernel, the CLIP of its published checkpoints
     (768, 3, 16, 16): "ViT-B-16-quickgelu", (1024, 3, 14, 14): "ViT-L-14-336-quickgelu"}
 CAT_SEG_NAMES = {  # what in the names of its tensors becomes what, in this order
@@ -98,21 +99,21 @@ def load_clip(clip, pretrained):
     and model differ in their activation."""
     with reading(f"--pretrained {pretrained}", f"weights of --clip {clip}"):
         sizes = clip_sizes(clip)
-        if clip == "tiny":
-            network = open_clip.model.CLIP(**sizes)
-            open_clip.load_checkpoint(network, pretrained)
-        elif is_openais(pretrained, open_clip.get_pretrained_url(clip, "openai")):
-            network = open_clip.model.CLIP(**sizes)
-            state = torch.jit.load(pretrained, map_location="cpu").state_dict()
-            network.load_state_dict({name: state[name] for name in network.state_dict()})
-        elif not pretrained:  # open_clip would take random weights
+        if not pretrained:  # open_clip would take random weights
             raise ValueError("it is empty")
-        else:
-            if Path(pretrained).is_file():
-                check_activation(pretrained, sizes.get("quick_gelu", False))
+        if not Path(pretrained).is_file():
             with warnings.catch_warnings():
-                warnings.filterwarnings("error", "QuickGELU mismatch")  # of a tag
-                network = open_clip.create_model(clip, pretrained)
+                warnings.filterwarnings("error", "QuickGELU mismatch")
+                return open_clip.create_model(clip, pretrained)
+        if is_openais(pretrained, open_clip.get_pretrained_url(clip, "openai")):
+            state = torch.jit.load(pretrained, map_location="cpu").state_dict()
+        else:
+            state = open_clip.factory.load_state_dict(pretrained)
+            if clip != "tiny":
+                check_activation(pretrained, sizes.get("quick_gelu", False))
+        network = open_clip.model.CLIP(**sizes)
+        network.load_state_dict({name.replace("_orig_mod.", ""): tensor for name, tensor
+                                 in state.items() if name not in OPENAI_CONSTANTS})
         return network
 
 

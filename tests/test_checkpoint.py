@@ -188,9 +188,11 @@ def test_clip_in_published_formats(clip, monkeypatch):
     OpenAI published, whose address holds its digest."""
     from safetensors.torch import save_file
     state = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
-    torch.save(state, "plain.pt")
-    torch.save({"state_dict": {f"module.{k}": t for k, t in state.items()}}, "training.pt")
+    torch.save(state | dict.fromkeys(checkpoint.OPENAI_CONSTANTS, torch.tensor(7)), "plain.pt")
+    compiled = {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}
+    torch.save({"state_dict": compiled}, "training.pt")
     save_file(state, "model.safetensors")
+    clip.attn_mask = None
     for module in clip.half().modules():
         module.__class__ = nn.Module  # OpenAI's programs hold half precision; nothing runs here
     torch.jit.script(clip).save("archive.pt")

@@ -74,6 +74,8 @@ def test_the_same_data_elsewhere_have_the_same_fingerprint(folder, tmp_path):
     "mask of one channel .*, not uint8": lambda f: put(f, Image.new("RGB", (80, 60))),
     "0.jpg can't be read as an im": lambda f: os.truncate(f / "images/train/0.jpg", 300),
     "0.png can't be read as a mask": lambda f: GRAY.save(f / "masks/train/0.png", "jpeg"),
+    "0.png .*not a regular file":
+        lambda f: [act(f / "masks/train/0.png") for act in (os.unlink, os.mkfifo)],
     "masks/train has no file 0 ": lambda f: (f / "masks/train/0.png").unlink(),
     "images/train has no file 0 ": lambda f: (f / "images/train/0.jpg").unlink(),
     "has a twin of another type": lambda f: GRAY.save(f / "images/train/0.png"),
@@ -145,13 +147,15 @@ def test_vocabularies_that_are_taken(tmp_path):
     refused("name 2 is '", read_names, str(tmp_path / "names.txt"))
 
 
-def test_pictures_and_masks_are_turned_as_their_own_exif_says(folder):
+def test_pictures_and_masks_are_turned_as_their_own_exif_says(folder, monkeypatch):
     pixels, exif = np.random.default_rng(0).integers(0, 3, (60, 80, 3), np.uint8), Image.Exif()
     views = {2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 6: np.rot90(pixels)}
     for orientation, turned in views.items():
         exif[0x0112] = orientation
         put(folder, turned[..., 0].copy(), turned.copy(), exif=exif)
-        image, labels, _ = trained(folder).load(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Exif, "tobytes", None)  # Pillow reads tags that it can't write
+            image, labels, _ = trained(folder).load(0)
         assert np.array_equal(image, pixels) and np.array_equal(labels, pixels[..., 0])
     put(folder, pixels[..., 0])
     assert np.array_equal(trained(folder).load(0)[1], pixels[..., 0])

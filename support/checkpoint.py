@@ -105,7 +105,8 @@ def load_clip(clip, pretrained):
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", "QuickGELU mismatch")
                 return open_clip.create_model(clip, pretrained)
-        if is_openais(pretrained, open_clip.get_pretrained_url(clip, "openai")):
+        # OpenAI's files are programs (TorchScript), known by their SHA-256; no other one is opened
+        if digest(pretrained) in open_clip.get_pretrained_url(clip, "openai"):
             state = torch.jit.load(pretrained, map_location="cpu").state_dict()
         else:
             state = open_clip.factory.load_state_dict(pretrained)
@@ -125,13 +126,6 @@ def check_activation(path, quick_gelu):
     elif json.loads(config.read_text())["model_cfg"].get("quick_gelu", False) != quick_gelu:
         raise ValueError(f"{config} asks for {'Quick' * (not quick_gelu)}GELU: choose --clip "
                          f"{'without' if quick_gelu else 'with'} -quickgelu")
-
-
-def is_openais(path, url):
-    """Whether a file is the one at OpenAI's url, which holds its SHA-256. These files are programs
-    (TorchScript), so no other file of this kind is opened."""
-    found = digest(path)
-    return bool(url and found and found in url)
 
 
 def save(path, step, model, original, **run):

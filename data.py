@@ -17,9 +17,9 @@ ROOT_HELP = ("folder of the benchmarks (default $RPMD_DATA, else $DETECTRON2_DAT
              "./datasets)")
 REPORTED = ("ade20k-847", "pc-459", "ade20k-150", "pc-59", "voc-20", "voc-20b")  # by papers
 NAMES = ("coco-stuff", *REPORTED, "folder:PATH", "toy", "toy:N")  # for help
-# empty, quoted, a comment or a list's item; a number, or one before or after a name; JSON, YAML,
-# XML or characters that can't be seen; too long
-NO_NAME = re.compile(r"""\s*$|[#,"*/]|-\s|\(?\d+\s*([:,)]|$)|.*[,:=|]\s*\d|"""
+# what is not a plain name: empty, quoted, a comment, a list item; a number, alone or listed with a
+# name; JSON, YAML or XML; invisible characters; more than 300 characters
+NOT_A_NAME = re.compile(r"""\s*$|[#,"*/]|-\s|\(?\d+\s*([:,)]|$)|.*[,:=|]\s*\d|"""
                      r".*[][{}<>;\0-\x1f\x7f-\x9f\u200b\u2028\u2029]|.{301}")
 FILE_NAME = re.compile(r"[^,\n]*\.[a-z]{3,5}")
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)  # CLIP's
@@ -30,13 +30,13 @@ def open_dataset(name, root=None, split="val", classes=None, unseen=None):
     """A dataset by name. root: the folder that holds the benchmarks (default: $RPMD_DATA, else
     $DETECTRON2_DATASETS, else ./datasets); split: train or val. Raises UserError.
 
-    It has `len()`, `load(i) -> (PIL RGB image, int64 labels [H,W] with IGNORE, path)`, `names` (its
-    vocabulary), `evaluated` (the classes that are scored: the names, except in voc-20b), `source`
-    (what is read) and `description` (it in a sentence), `sliding` (whether CAT-Seg's five views are
-    taken), `own_masks` and `own_words` (whether masks and names are the user's) and `fingerprint`
-    (a digest of the names and of the images' file names).
-    classes: other names, as many as the dataset has: a list, a file, or text (see `read_names`).
-    unseen: names to hold out, likewise: the vocabulary lacks them, their pixels carry no label."""
+    classes: names to use instead, as many as the dataset has: a list, file or text (`read_names`).
+    unseen: names to hold out, given likewise: they leave `names`, and their pixels become IGNORE.
+    The dataset has `len()`, `load(i) -> (PIL RGB image, int64 labels [H,W], path)`, `names` (the
+    vocabulary), `evaluated` (the classes scored: `names`, except in voc-20b), `source` (the paths
+    read), `description` (a sentence), `sliding` (evaluate with CAT-Seg's five views), `own_masks`
+    and `own_words` (masks, names are the user's), and `fingerprint` (a digest of the names and of
+    the images' file names)."""
     kind, _, where = name.partition(":")
     if re.fullmatch(r"toy(:\d{1,9})?", name):
         from sources.toy import Scenes
@@ -82,8 +82,8 @@ def hold_out(dataset, unseen):
     seen = [i for i, (name, first) in enumerate(zip(dataset.names, firsts))
             if name not in unseen and first not in unseen]
     if unknown or not seen:
-        raise UserError(f"--unseen {', '.join(unknown or unseen)[:100]}: expected are some of the "
-                        f"dataset's names, not all of them: {str(dataset.names)[:300]}")
+        raise UserError(f"--unseen {', '.join(unknown or unseen)[:100]}: should be some, but not "
+                        f"all, of the dataset's names: {str(dataset.names)[:300]}")
     new_label = np.full(len(dataset.names), IGNORE)
     new_label[seen] = range(len(seen))
     dataset.lookup = np.where(dataset.lookup < 0, dataset.lookup, new_label[dataset.lookup])
@@ -109,7 +109,7 @@ def read_names(classes, flag="--classes"):
         raise UserError(f"{where} should hold 1 to 32767 class names, and holds {len(names)}")
     numbered = len(names) > 1 and all(re.match(r"\d+\W", str(name)) for name in names)
     for i, name in enumerate(names, 1):
-        if numbered or not isinstance(name, str) or NO_NAME.match(name):
+        if numbered or not isinstance(name, str) or NOT_A_NAME.match(name):
             raise UserError(f"{where} should hold names of classes alone (a file, one a line), of "
                             f"at most 300 letters each, and name {i} is {str(name)[:100]!r}")
     if len(set(names)) < len(names):
@@ -124,12 +124,12 @@ def count_labels(pixel_labels, num_classes):
 
 
 def doubt_about_255(dataset, counts):
-    """A sentence if 255 seems to be a class of one's own masks, else "". counts: `count_labels`."""
+    """A warning if the user's masks seem to store a class as 255, or "". counts: `count_labels`."""
     absent = [name for name, n in zip(dataset.evaluated, counts) if n == 0]
-    # masks of 0 and 255: all classes but one have pixels, or one class alone has
-    one_apart = len(absent) == 1 or 0 < len(absent) == len(dataset.evaluated) - 1
+    # as with masks of 0 and 255: all classes but one have pixels, or only one has
+    one_apart = absent and len(absent) in (1, len(dataset.evaluated) - 1)
     if dataset.own_masks and one_apart and counts[-1] > 0.001 * counts.sum():
-        return f"no pixel is {absent[0]!r}, and some have no label: is it stored as 255?"
+        return f"no pixel is {absent[0]!r}, but some are ignored: is that class stored as 255?"
     return ""
 
 
@@ -140,8 +140,8 @@ def normalise(images):
 
 
 class TrainingCrops(torch.utils.data.Dataset):
-    """Augmented training samples. Item d (a draw number) is a pure function of (seed, d), so that
-    neither the number of workers nor of processes nor an interruption changes what is trained on.
+    """Augmented training samples. Item d (the draw number) is a pure function of (seed, d), so the
+    training data do not depend on the number of workers or processes, or on interruptions.
 
     Draws 0..N-1 visit each of the N images once in a random order, the next N again in another one.
     An item is (image uint8 [3,size,size], pixel labels int16 [size,size], path)."""
@@ -230,14 +230,14 @@ def batches(crops, batch_size, start, stop, rank=0, world=1, workers=0, device="
 
 
 def in_loaders(loader):
-    """Yields what a DataLoader does. Whatever ends one of its processes becomes a UserError."""
+    """Iterate over a DataLoader. Whatever ends one of its workers becomes a UserError."""
     try:
         yield from loader
     except (UserError, OSError, EOFError, MemoryError, RuntimeError) as e:
         if not loader.num_workers:
             raise
-        said = (str(e).strip() or type(e).__name__).splitlines()[-1]  # after a traceback
+        message = (str(e).strip() or type(e).__name__).splitlines()[-1]  # after a traceback
         if isinstance(e, UserError):
-            raise UserError(said.partition(": ")[2]) from e
-        raise UserError(f"a loader process failed ({said}); try --workers 0, in Docker a larger "
-                        "--shm-size, and a $TMPDIR of fewer than 70 letters") from e
+            raise UserError(message.partition(": ")[2]) from e
+        raise UserError(f"a loader process failed ({message}); try --workers 0, in Docker a larger "
+                        "--shm-size, or a $TMPDIR shorter than 70 characters") from e

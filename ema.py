@@ -8,7 +8,7 @@ def frozen_copy(module):
     """A copy of `module` as it is now, in eval mode, without gradients. It shares the parameters
     that do not require gradients, so choose what trains before calling this."""
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}
-    return copy.deepcopy(module, shared).eval().requires_grad_(False)  # shared: a memo of copies
+    return copy.deepcopy(module, shared).eval().requires_grad_(False)  # as memo: shared, not copied
 
 
 class MomentumEncoder:

@@ -73,9 +73,9 @@ def encode_names(model, names):
 
 @torch.inference_mode()
 def class_scores(model, image, text, sliding=True, zero_shot=False, chunk=None):
-    """Yields (first class, probabilities [1,c,H,W]) for successive chunks of the classes of text
-    [K,D], because a photograph with many classes has gigabytes of scores. image: PIL. Probabilities
-    are sigmoids of the head's logits; with zero_shot, CLIP's cosines."""
+    """Yields (first class, scores [1,c,H,W]) for successive chunks of the classes of text [K,D],
+    because a photograph with many classes has gigabytes of scores. image: PIL. Scores are sigmoids
+    of the head's logits or, with zero_shot, CLIP's cosines. chunk: classes at a time."""
     x, canvas = views(image, model.image_size, sliding)
     H, W = image.height, image.width
     on_cpu = text.device.type == "cpu"
@@ -105,9 +105,9 @@ def label_map(model, image, text, **options):
 
 
 def segment(model, image, names, **options):
-    """Label every pixel of an image (a path, a PIL image, or uint8 [H,W,3]) with one of the names,
-    a list of strings, or text as for --classes. Returns int64 [H,W], indices into names. options:
-    those of `class_scores`; sliding=False looks only once. Raises UserError."""
+    """Label every pixel of an image (a path, a PIL image or uint8 [H,W,3]). names: a list, or a
+    file or text as for --classes. Returns int64 [H,W], indices into names. options: those of
+    `class_scores`; sliding=False takes one view, not five. Raises UserError."""
     from sources.readers import read_image
     names = names if isinstance(names, (str, Path)) else list(names)
     names = data.read_names(names, "the list of names")
@@ -121,9 +121,9 @@ def normalised_name(name):
 
 
 def check_names(model, names, own_words=False, trained_on=""):
-    """Names that the text encoder reads alike, or only in part, so that one of them can never be
-    predicted: a UserError if the user chose them, else a note. trained_on: the checkpoint's
-    dataset; the CLIP of a toy world knows only its words."""
+    """Check that the text encoder tells all names apart and reads them in full. If not, raise
+    UserError if own_words (the user chose the names), else print a note. trained_on: the
+    checkpoint's dataset; if it is a toy world, warn of words that its CLIP never saw."""
     first, context = {}, model.text_encoder.context_length
     for name, tokens in zip(names, model.tokenize(names).tolist()):
         other, problem = first.setdefault(tuple(tokens), name), ""
@@ -167,8 +167,8 @@ def class_iou(confusion):
 def mean_iou(confusion, classes=slice(None)):
     """Both mIoU definitions in circulation, in [0, 1], NaN where no class counts.
 
-    confusion [K,K] from `confusion_matrix`; classes: average over this list of them (the whole
-    matrix still counts as errors). "ground_truth" averages over the classes that occur in the
+    confusion [K,K] from `confusion_matrix`; classes: indices to average over (errors that involve
+    other classes still count). "ground_truth" averages over the classes that occur in the
     labels (detectron2 since July 2022, so CAT-Seg and SED); "union" also over classes that are only
     predicted, with IoU 0 (detectron2 0.6, mmsegmentation, so MAFT+ and SAN)."""
     iou, labelled = (values[classes] for values in class_iou(confusion))
@@ -176,9 +176,9 @@ def mean_iou(confusion, classes=slice(None)):
 
 
 def summary(confusion, names, seen=None):
-    """A confusion matrix as plain numbers, in per cent but for the number of pixels: both mIoU,
-    pixel accuracy, IoU per class. If `seen` (names that segmentation training showed) holds some of
-    the names and not all, also mIoU of seen and unseen ones and their harmonic mean. Names are
+    """Scores of a confusion matrix, in per cent or None: mIoU_ground_truth, mIoU_union, pixels (a
+    number), pixel_accuracy, classes {name: IoU}. If `seen`, the training names, covers some names
+    but not all: also seen, unseen (ground-truth mIoU) and their harmonic mean, harmonic. Names are
     compared as the tokenizer reads them; an unseen "background" counts in neither group."""
     def percent(x):
         return None if np.isnan(x) else 100 * x  # JSON has no NaN
@@ -202,7 +202,7 @@ def summary(confusion, names, seen=None):
 
 
 def predict(model, dataset, image, text, zero_shot=False):
-    """`label_map` over the dataset's classes; all names from the last class on are that class."""
+    """`label_map` as indices into dataset.evaluated; names past its end count as its last entry."""
     labels = label_map(model, image, text, sliding=dataset.sliding, zero_shot=zero_shot)
     return labels.clamp(max=len(dataset.evaluated) - 1)
 
@@ -223,8 +223,8 @@ def evaluate(model, dataset, seen=None, zero_shot=False, rank=0, world=1):
     if world > 1:
         dist.all_reduce(total)
         dist.all_reduce(counts)
-    if said := data.doubt_about_255(dataset, counts):
-        accidents.say(f"warning: {said}")
+    if message := data.doubt_about_255(dataset, counts):
+        accidents.say(f"warning: {message}")
     return summary(total, dataset.evaluated, seen)
 
 

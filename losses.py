@@ -7,13 +7,13 @@ any one of them can be copied alone.
 
     B  images      L = H*W  patches of an image      K  classes      D  width of the joint embedding
     patches (V) [B,L,D], momentum_patches (V^M) [B,L,D], text (T) [K,D],
-    labels (G) [B,L]: the class of each patch, or `ignore` where there is none
+    labels (G) int64 [B,L]: the class of each patch, 0..K-1, or `ignore` where there is none
 """
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = -1  # not 255, a class of ADE20K-847 and PC-459. Functions to copy write it out as -1
+IGNORE = -1  # not 255, a class in ADE20K-847 and PC-459. To be copyable, functions write out -1
 
 
 @torch.no_grad()
@@ -21,15 +21,15 @@ def patch_labels(pixel_labels, grid):
     """G: the label of a patch is the most frequent label of its pixels (our choice; the paper does
     not say). Ties go to the lowest label; `torch.mode` does not promise which one it takes.
 
-    pixel_labels: integer [B,H,W]. grid: (rows, columns) of patches, which must divide H and W.
-    Returns [B,L], L = rows * columns. IGNORE counts as a label and, being -1, wins ties."""
+    pixel_labels: int64 [B,H,W]. grid: (rows, columns) of patches; ValueError unless they divide H
+    and W. Returns [B,L] in the same dtype. IGNORE counts as a label and, being -1, wins ties."""
     B, H, W = pixel_labels.shape
     rows, columns = grid
     if H % rows or W % columns:
         raise ValueError(f"a {H} x {W} label map does not divide into {rows} x {columns} patches")
     cells = pixel_labels.reshape(B, rows, H // rows, columns, W // columns).transpose(2, 3)
-    cells = cells.reshape(B, rows * columns, -1).sort(-1).values  # [B,L,pixels], in order
-    # in order, a label's count is the distance between where it begins and where it ends
+    cells = cells.reshape(B, rows * columns, -1).sort(-1).values  # [B,L,pixels], sorted
+    # in sorted pixels, a label's count is the length of its run
     count = torch.searchsorted(cells, cells, right=True) - torch.searchsorted(cells, cells)
     return cells.gather(-1, count.argmax(-1, keepdim=True)).squeeze(-1)  # the first of the largest
 
@@ -56,7 +56,7 @@ def spd_loss(patches, momentum_patches, mask, normalise=False):
     patches, momentum_patches [B,L,D]; mask bool [B,L]: the reference patches. normalise: compare
     unit vectors, as train.py does by default; Eq. (2) compares raw features. Returns a scalar: the
     mean over the reference patches of an image, then over the images that have one; 0 (with zero
-    gradient) when none has. No gradient reaches momentum_patches."""
+    gradient) when none has. momentum_patches get no gradient. ValueError if shapes do not fit."""
     if not patches.shape == momentum_patches.shape == (*mask.shape, patches.shape[-1]):
         raise ValueError(f"momentum_patches {list(momentum_patches.shape)} and mask "
                          f"{list(mask.shape)} do not fit patches {list(patches.shape)}")
@@ -129,13 +129,13 @@ def segmentation_loss(logits, pixel_labels, ignored="negative", chunk=64, ignore
         z = F.interpolate(logits, (H, W), mode="bilinear")
         F.binary_cross_entropy_with_logits(z, one_hot(pixel_labels))
 
-    logits [B,K,h,w], pixel_labels [B,H,W]. ignored="negative" is what CAT-Seg computes: a pixel
-    labelled `ignore` is 0 for all classes, so it counts as a negative of every one, and the mean is
-    over all pixels and classes. ignored="skip" leaves such pixels out of sum and mean (0 when every
-    pixel is ignored). Returns a scalar.
+    logits [B,K,h,w], pixel_labels int64 [B,H,W]. A pixel whose label is outside 0..K-1 counts as a
+    negative of every class. So does one labelled `ignore` if ignored="negative", as in CAT-Seg; if
+    "skip", it is left out (0 when all are). Returns a scalar, the mean over pixels and classes.
+    Raises ValueError for another `ignored`.
 
-    The cross-entropy of z is softplus(z), minus z at the labelled class, so one-hot labels are
-    never built; `chunk` classes are resized at a time and again in the backward pass, so [B,K,H,W]
+    The loss of a class is softplus(z), minus z at the labelled class, so one-hot labels are never
+    built. Classes are upsampled `chunk` at a time, and again in the backward pass, so [B,K,H,W]
     never exists. (test_segmentation_loss_equals_bce_against_one_hot_labels)"""
     if ignored not in ("negative", "skip"):
         raise ValueError(f"ignored is 'negative' or 'skip', not {ignored!r}")
@@ -143,7 +143,7 @@ def segmentation_loss(logits, pixel_labels, ignored="negative", chunk=64, ignore
     labels = pixel_labels.masked_fill(~known, -1)
 
     def sum_over_classes(z, first):
-        """Of the classes from `first` on: [B,H,W]."""
+        """z [B,c,h,w], logits of classes from `first` on -> their summed loss per pixel [B,H,W]."""
         z = F.interpolate(z, labels.shape[-2:], mode="bilinear", align_corners=False)
         index = labels - first
         index = index.masked_fill(index >= z.shape[1], -1).clamp(min=-1)
@@ -161,12 +161,12 @@ def segmentation_loss(logits, pixel_labels, ignored="negative", chunk=64, ignore
 
 
 def pooled_loss(patches, frozen_patches, grid):
-    """Not part of RPMD: MAFT+'s distillation, which RPMD is compared with.
+    """Not part of RPMD: the distillation of MAFT+ (Jiao et al., ECCV 2024), a baseline.
 
-    Features [B,L,D] after ReLU are average-pooled on 1x1, 2x2 and 4x4 grids, and each of these is
-    summed over its rows and over its columns. The loss is the smooth-L1 distance between the
-    student's and the frozen CLIP's sums, averaged over B, D and places, and added up over the six.
-    grid: (rows, columns) of patches. Returns a scalar. No gradient reaches frozen_patches."""
+    patches, frozen_patches [B,L,D]; grid: (rows, columns) of patches. After ReLU, both are average-
+    pooled to 1x1, 2x2 and 4x4, and each map is summed over its rows and over its columns. The loss
+    is the sum of the six smooth-L1 distances between student and frozen CLIP, each a mean over all
+    elements. Returns a scalar. No gradient reaches frozen_patches."""
     student = patches.relu().transpose(1, 2).unflatten(2, grid)  # [B,D,H,W]
     frozen = frozen_patches.detach().relu().transpose(1, 2).unflatten(2, grid)
     loss = 0

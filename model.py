@@ -32,18 +32,18 @@ def device_type(x):
 
 
 def cast(parameter, dtype):
-    """The parameter in this dtype. The cast of one that does not train is kept on it until it
-    changes; autocast would cast it at every use, and once more for the teacher that shares it."""
+    """parameter.to(dtype), cached on a frozen parameter until it changes. Autocast would cast it at
+    every use, and again for the teacher, which shares it."""
     if parameter.dtype == dtype:
         return parameter
     if parameter.requires_grad or torch.compiler.is_compiling():
         return parameter.to(dtype)
     state = dtype, parameter.device, parameter._version, torch.is_inference_mode_enabled()
-    kept_state, kept = getattr(parameter, "kept_cast", (None, None))
-    if kept_state != state:
-        kept = parameter.to(dtype)
-        parameter.kept_cast = state, kept
-    return kept
+    cached_state, cached = getattr(parameter, "cached_cast", (None, None))
+    if cached_state != state:
+        cached = parameter.to(dtype)
+        parameter.cached_cast = state, cached
+    return cached
 
 
 def linear(layer, x):
@@ -76,8 +76,8 @@ class Attention(nn.Module):
         self.out_proj = packed.out_proj
 
     def forward(self, x, causal=False):
-        """x [B,n,width] -> [B,n,width]. causal: a token attends to none that follows it.
-        The casts of q and v are not kept, because q and v change at every step."""
+        """x [B,n,width] -> [B,n,width]. causal: no token attends to a later one. q and v are not
+        cached: they change at every step, also the teacher's, which require no gradient."""
         packed = torch.cat([self.q_proj_weight.to(x.dtype), cast(self.k_proj_weight, x.dtype),
                             self.v_proj_weight.to(x.dtype)])
         qkv = F.linear(x, packed, cast(self.in_proj_bias, x.dtype))  # [B,n,3*width]
@@ -93,8 +93,8 @@ class Attention(nn.Module):
 
 
 def mlp(layers, x):
-    """layers(x) for the MLP of one of CLIP's blocks; x [B,n,width]. QuickGELU, which is
-    h * sigmoid(1.702 h) = silu(1.702 h) / 1.702, leaves both factors to the matrix products."""
+    """layers(x) for the MLP of one of CLIP's blocks; x [B,n,width]. The two factors of QuickGELU,
+    h * sigmoid(1.702 h) = silu(1.702 h) / 1.702, are folded into the matrix products."""
     if not isinstance(layers.gelu, open_clip.transformer.QuickGELU):
         return linear(layers.c_proj, layers.gelu(linear(layers.c_fc, x)))
     up, up_bias = cast(layers.c_fc.weight, x.dtype), cast(layers.c_fc.bias, x.dtype)
@@ -110,19 +110,19 @@ def run_block(block, x, causal=False):
 
 
 def run_dense_block(block, x, class_token_residual):
-    """CLIP's last block read densely: no token looks at another. x [B,1+L,width] -> the same.
+    """CLIP's last block for dense features: each token attends only to itself. x [B,1+L,width].
 
-    h = out_proj(v_proj(ln_1(x))) + x[:, :1], then h + mlp(ln_2(h)): every position has the class
-    token's residual, as in CAT-Seg, or its own for a CLIP that pools by averaging."""
+    h = out_proj(v_proj(ln_1(x))) + x[:, :1]; return h + mlp(ln_2(h)). As in CAT-Seg, the residual
+    is the class token's at every position; a CLIP that pools by averaging has each token's own."""
     residual = x[:, :1] if class_token_residual else x
     x = residual + block.ls_1(block.attn.value(norm(block.ln_1, x)))
     return x + block.ls_2(mlp(block.mlp, norm(block.ln_2, x)))
 
 
 class ImageEncoder(nn.Module):
-    """open_clip's VisionTransformer, read densely: images to patch embeddings in the joint space.
-    When the patch size does not divide image_size, the side of the square images (ViT-L/14@336
-    under CAT-Seg's 384 crops), they are resized to the size of pre-training."""
+    """open_clip's VisionTransformer with a dense last block: images to patches in the joint space.
+    Square images of any size are resized to image_size or, where the patch size does not divide it
+    (ViT-L/14@336 with CAT-Seg's 384), to the pre-training size. Modifies `visual` in place."""
 
     def __init__(self, visual, image_size):
         super().__init__()
@@ -197,14 +197,14 @@ def tokenize(names, context_length=77):
 
 
 def project(layer, x, guidance):
-    """q and k of cat([x, guidance], -1) and v of x, each [B,K,...,heads,C/heads], by one product.
-    x [B,K,...,C]; guidance has size 1 on the axes along which it is constant; it is projected once
-    and broadcast."""
+    """q and k of cat([x, guidance], -1) and v of x, each [...,heads,C/heads], in one product.
+    x [...,C]; guidance has size 1 on the axes along which it is constant, so that it is projected
+    once and broadcast."""
     C = x.shape[-1]
-    of_v = F.pad(layer.v.weight, (0, C))  # [C,2C]: v gives guidance the weight 0
-    of_x, of_guidance = torch.cat([layer.q.weight, layer.k.weight, of_v]).to(x.dtype).split(C, 1)
+    v_weight = F.pad(layer.v.weight, (0, C))  # [C,2C], zero for guidance
+    weight = torch.cat([layer.q.weight, layer.k.weight, v_weight]).to(x.dtype)  # [3C,2C]
     bias = torch.cat([layer.q.bias, layer.k.bias, layer.v.bias])
-    qkv = F.linear(x, of_x) + F.linear(guidance, of_guidance, bias)  # [B,K,...,3C]
+    qkv = F.linear(x, weight[:, :C]) + F.linear(guidance, weight[:, C:], bias)  # [...,3C]
     return qkv.unflatten(-1, (3, layer.heads, -1)).unbind(-3)
 
 
@@ -225,10 +225,10 @@ class SwinBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
 
     def forward(self, x, guidance, mask):
-        """x [B,K,H,W,C], guidance [B,1,H,W,C], mask: `shifted_mask` -> [B,K,H,W,C]."""
+        """x [B,K,H,W,C], guidance [B,1,H,W,C], mask from `shifted_mask`. Returns [B,K,H,W,C]."""
         y = self.to_windows(norm(self.norm1, x))
         qkv = project(self, y, self.to_windows(guidance))  # each [B,K,windows,w*w,heads,C/heads]
-        q, k, v = (part.flatten(0, 2).transpose(1, 2) for part in qkv)
+        q, k, v = (part.flatten(0, 2).transpose(1, 2) for part in qkv)  # [N,heads,w*w,C/heads]
         mask = mask.repeat(len(q) // len(mask), 1, 1)[:, None] if self.shift_size else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         y = self.proj(y.transpose(1, 2).flatten(2))  # [B*K*windows,w*w,C]
@@ -274,7 +274,7 @@ class SpatialAggregation(nn.Module):
         self.blocks = nn.ModuleList([SwinBlock(C, window, 0), SwinBlock(C, window, window // 2)])
 
     def forward(self, x, guidance, mask):
-        """x [B,K,H,W,C], guidance [B,1,H,W,C], mask: the second block's -> [B,K,H,W,C]."""
+        """x [B,K,H,W,C], guidance [B,1,H,W,C], mask of the second block. Returns [B,K,H,W,C]."""
         guidance = norm(self.guidance_norm, guidance)
         for block in self.blocks:
             x = block(x, guidance, mask)
@@ -306,7 +306,7 @@ class ClassAggregation(nn.Module):
         y = y + self.mlp(norm(self.norm2, y))
         if self.training:
             y = y.flatten(0, 1).permute(0, 3, 1, 2)  # [B*K,C,H/2,W/2]
-            with torch.autocast(device_type(x), enabled=False):  # else in float32
+            with torch.autocast(device_type(x), enabled=False):  # autocast would use float32
                 y = F.interpolate(y, (H, W), mode="bilinear", align_corners=True)
             y = y.permute(0, 2, 3, 1).unflatten(0, (B, K))
         return x + y
@@ -316,7 +316,7 @@ class ClassAggregation(nn.Module):
         q, k = elu(linear(cat([x, guidance], -1))) + 1 and v = linear(x). Returns [B,K,h,w,C]."""
         q, k, v = project(self, x, guidance)  # [B,K,h,w,heads,C/heads]
         q, k = F.elu(q) + 1, F.elu(k) + 1
-        length = max(x.shape[1], MAX_CLASSES)  # v is divided by it lest fp16 overflow
+        length = max(x.shape[1], MAX_CLASSES)  # dividing v by it keeps fp16 from overflowing
         kv = torch.einsum("bkxyhc,bkxyhd->bxyhcd", k, v / length)
         pad_kv, pad_k = self.padding(x.shape[1], length)
         total = (q * (k.sum(1) + pad_k)[:, None]).sum(-1) + 1e-6  # [B,K,h,w,heads], float32
@@ -368,17 +368,17 @@ class Head(nn.Module):
     """Cosines of patches and texts [B,K,H,W] to logits [B,K,4H,4W].
 
     D: width of the joint embedding; width: of the image encoder; grid: patches a side, an even
-    number; C: channels; prior: initial probability of each class (None: about 0.5); layers: pairs
-    of aggregations. Another head needs `aggregate` and `decode`, and "norm" in the names of
-    parameters without weight decay."""
+    number; C: channels; prior: initial probability of each class (None: about 0.5). A replacement
+    needs `aggregate` and `decode`, and "norm" in the names of parameters without weight decay."""
 
-    def __init__(self, D, width, grid, C=128, prior=None, layers=2):
+    def __init__(self, D, width, grid, C=128, prior=None):
         super().__init__()
         self.embed = nn.Conv2d(1, C, 7, padding=3)
         self.image_guidance = nn.Conv2d(D, C, 3, padding=1)
         self.text_guidance = nn.Linear(D, C)
-        self.spatial = nn.ModuleList(SpatialAggregation(C, grid // 2) for _ in range(layers))
-        self.classes = nn.ModuleList(ClassAggregation(C) for _ in range(layers))
+        # two pairs of spatial and class aggregation, as in CAT-Seg
+        self.spatial = nn.ModuleList(SpatialAggregation(C, grid // 2) for _ in range(2))
+        self.classes = nn.ModuleList(ClassAggregation(C) for _ in range(2))
         self.middle_up = nn.ModuleList([nn.ConvTranspose2d(width, 2 * C, 2, stride=2),
                                         nn.ConvTranspose2d(width, C, 4, stride=4)])
         self.middle_guidance = nn.ModuleList([nn.Conv2d(2 * C, C // 4, 3, padding=1),
@@ -424,7 +424,7 @@ class Head(nn.Module):
         return torch.cat([function(part, *guidance) for part in x.split(chunk, 1)], 1)
 
 
-def clip_sizes(clip):
+def clip_config(clip):
     """The arguments of open_clip.model.CLIP for "tiny" or the name of one of open_clip's CLIPs with
     a plain ViT and CLIP's own text encoder. Raises ValueError for any other name."""
     if clip == "tiny":
@@ -445,12 +445,12 @@ class Segmenter(nn.Module):
 
     clip: "tiny", or one of open_clip's CLIPs with a ViT, such as "ViT-B-16-quickgelu". image_size:
     side of the training crops. channels: width of the head. network: an open_clip.model.CLIP of
-    this name (default: with random weights). prior: see `Head`. Raises ValueError for another kind
-    of CLIP and for sizes that do not fit."""
+    this name, whose modules are modified and kept (default: random weights). prior: see `Head`.
+    Raises ValueError for another kind of CLIP and for sizes that do not fit."""
 
     def __init__(self, clip, image_size=384, channels=128, network=None, prior=None):
         super().__init__()
-        sizes = clip_sizes(clip)
+        sizes = clip_config(clip)
         if not 16 <= image_size <= 2048:
             raise ValueError(f"the image size should lie within 16..2048, not {image_size}")
         network = network or open_clip.model.CLIP(**sizes)

@@ -24,10 +24,10 @@ def alignment_loss(patches, text, labels, scale):
 def pre_align(model, tokens, batches, steps, lr):
     """Train the text encoder's q and v projections alone, one optimiser step per batch.
 
-    tokens [K,n] of the training names. batches: `steps` times (images [B,3,S,S], pixel_labels
-    [B,S,S], paths) on the model's device, this process's share of each step's batch. The visual
-    encoder is frozen and runs without a graph. AdamW in float32, without weight decay or clipping;
-    the learning rate falls linearly to 0. Returns the last step's mean loss."""
+    tokens [K,n] of the training names. batches: `steps` (at least 1) times (images [B,3,S,S],
+    pixel_labels int64 [B,S,S], paths) on the model's device, this process's share of a batch. The
+    visual encoder is frozen and runs without a graph. AdamW in float32, without weight decay or
+    clipping; the learning rate falls linearly to 0. Returns the last step's mean loss."""
     params = [p for p in model.text_encoder.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(params, lr, weight_decay=0.0)
     for step, (images, pixel_labels, _) in enumerate(batches):

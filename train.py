@@ -99,7 +99,7 @@ def parse(argv=None):
         f"steps (default 1 - 3 / steps; tiny CLIP {TOY['alpha']:g}); rpmd only")
     add("--spd-features", default="normalised", choices=("normalised", "raw"),
         help="features that Eq. (2) compares: unit vectors (default), or raw as in the paper")
-    setting(add, "--tpa-steps", number(int, 0), "steps of TPA, used with SPD if text is trained")
+    setting(add, "--tpa-steps", number(int, 0), "TPA steps; rpmd or frozen, if text is trained")
     setting(add, "--tpa-lr", number(float, 0), "learning rate of TPA")
 
     add = parser.add_argument_group("schedule and run").add_argument
@@ -113,7 +113,7 @@ def parse(argv=None):
     setting(add, "--save-every", number(int, 0), "steps between checkpoints, 0: at evaluations")
     setting(add, "--snapshot-every", number(int, 0), "steps between checkpoints to keep, 0: none")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0,
-        help="seed of the head's initialisation and of the data's order (default 0)")
+        help="seed of the head's weights, the data order and the augmentation (default 0)")
     add("--out", type=os.path.expanduser, help="folder for all results (default out/DATASET)")
     add("--restart", action="store_true", help="overwrite the run in --out instead of resuming it")
 
@@ -157,11 +157,11 @@ def autocast(device, precision):
 
 
 def step_losses(model, momentum, images, pixel_labels, tokens, args):
-    """RPMD, top to bottom as in the paper's Figure 1, on one micro-batch.
+    """The losses of RPMD on one micro-batch, in the order of the paper's Figure 1.
 
-    model: Segmenter, or DDP around one. momentum: MomentumEncoder. images [B,3,S,S] with CLIP's
-    mean and standard deviation, pixel_labels int64 [B,S,S], tokens [K,n] of `Segmenter.tokenize`.
-    Returns L_total and, for the log, its terms, scaled by `weigh_by_process`, and patch counts.
+    model: Segmenter, or DDP around one. momentum: MomentumEncoder. images [B,3,S,S], normalised as
+    for CLIP; pixel_labels int64 [B,S,S]; tokens [K,n] from `Segmenter.tokenize`. Returns (L_total,
+    a dict for the log: its terms and patch counts). SPD and CPA are scaled by `weigh_by_process`.
     """
     with autocast(images.device, args.precision):
         logits, patches, text = model(images, tokens)  # [B,K,4H,4W], V [B,L,D], T [K,D]
@@ -183,29 +183,30 @@ def step_losses(model, momentum, images, pixel_labels, tokens, args):
 
     spd, cpa = weigh_by_process([spd, cpa], [reference.any(-1).sum(), q.any(-1).sum()])
     loss = total_loss(seg, spd, cpa, args.lambda_spd, args.lambda_cpa)  # Eq. (6)
-    figures = dict(segmentation_loss=seg, spd_loss=spd, cpa_loss=cpa, total_loss=loss,
+    metrics = dict(segmentation_loss=seg, spd_loss=spd, cpa_loss=cpa, total_loss=loss,
                    reference_patches=reference.sum(), labelled_patches=(labels != IGNORE).sum(),
                    contrast_patches=q.sum())
-    return loss, figures
+    return loss, metrics
 
 
 def rival_losses(model, teacher, images, pixel_labels, tokens, args):
-    """One micro-batch of the baselines: plain CAT-Seg (--distill none), and MAFT+'s pooled
-    distillation from the CLIP that training began with (pooled; teacher: a MomentumEncoder whose
-    alpha is 1). The log counts the student's correctly classified patches as reference patches."""
+    """`step_losses` for the baselines. --distill none: L_SEG alone, as in CAT-Seg. pooled: plus
+    MAFT+'s distillation from `teacher`, a MomentumEncoder with alpha 1, that is, the CLIP training
+    began with. Logged as reference_patches: the student's own correctly classified patches."""
     with autocast(images.device, args.precision):
         logits, patches, text = model(images, tokens)
-        teacher_patches, _ = teacher(images) if args.distill == "pooled" else (None, None)
+        if args.distill == "pooled":
+            teacher_patches, _ = teacher(images)
     patches = patches.float()
     grid = [side // 4 for side in logits.shape[2:]]
     loss = segmentation_loss(logits.float(), pixel_labels)
-    figures = dict(segmentation_loss=loss)
+    metrics = dict(segmentation_loss=loss)
     if args.distill == "pooled":
-        figures["pooled_loss"] = pooled_loss(patches, teacher_patches.float(), grid)
-        loss = loss + args.lambda_pooled * figures["pooled_loss"]
+        metrics["pooled_loss"] = pooled_loss(patches, teacher_patches.float(), grid)
+        loss = loss + args.lambda_pooled * metrics["pooled_loss"]
     labels = patch_labels(pixel_labels, grid)
     correct = correctly_classified(patches, text.float(), labels)
-    return loss, figures | dict(total_loss=loss, reference_patches=correct.sum(),
+    return loss, metrics | dict(total_loss=loss, reference_patches=correct.sum(),
                                 labelled_patches=(labels != IGNORE).sum())
 
 
@@ -213,9 +214,9 @@ def weigh_by_process(losses, counts):
     """Scale each loss so that DDP's mean of gradients over processes is the gradient of the loss on
     the joined batch.
 
-    A loss is a mean over the process's own N images: those with a reference patch, those whose Q is
-    not empty. N differs between processes, so each mean is multiplied by its N over the average N.
-    (L_SEG is a mean over all pixels, whose number is the same everywhere.)"""
+    A loss is a mean over N of this process's images: those with a reference patch for SPD, those
+    with a non-empty Q for CPA. counts: N of each loss. N differs between processes, so each mean is
+    multiplied by N over the average N. (L_SEG is a mean over equally many pixels everywhere.)"""
     if not dist.is_initialized():
         return losses
     counts = torch.stack(counts)
@@ -273,14 +274,14 @@ def due(n, step):
     return n > 0 and step > 0 and step % n == 0
 
 
-def refuse_non_finite(figures, grad_norm, scaler, where):
-    """Stop if a loss is not finite, or the gradient, which under fp16 the scaler skips."""
-    sums = torch.stack(list(figures.values()))
+def refuse_non_finite(metrics, grad_norm, scaler, where):
+    """Raise UserError if a loss is not finite, or the gradient (left to the scaler under fp16)."""
+    sums = torch.stack(list(metrics.values()))
     if sums.isfinite().all() and (math.isfinite(grad_norm) or scaler.is_enabled()):
         return
-    terms = [name for name, n in zip(figures, sums.tolist())
+    terms = [name for name, n in zip(metrics, sums.tolist())
              if not math.isfinite(n) and name != "total_loss"]
-    what = " and ".join(terms) or "the gradient, not the losses of this process,"
+    what = " and ".join(terms) or "the gradient, but no loss on this process,"
     raise UserError(f"{what} became NaN or infinite at {where}")
 
 
@@ -299,8 +300,8 @@ def reference_share(model, momentum, tokens, batches):
         dist.all_reduce(sums)
     reference, labelled = sums.tolist()
     if not labelled:
-        say("warning: no patch of the sampled crops has a label on most of its pixels: none can be "
-            "a reference patch")
+        say("warning: in the sampled crops, no class is the most frequent label of any patch, so "
+            "none can be a reference patch")
     return reference / max(1, labelled)
 
 
@@ -313,17 +314,17 @@ def add_line(log, path, **line):
             file.write("".join(json.dumps(line) + "\n" for line in log).encode())
 
 
-def step_line(step, figures, optimiser, micro_batches, grad_norm, seconds):
-    """A step's line of the log. figures: sums over this process's micro-batches. Of those called
-    ..._loss the line has the mean over micro-batches and processes, of the others (numbers of
-    patches) the sum."""
-    sums = torch.stack(list(figures.values()))
+def step_line(step, metrics, optimiser, micro_batches, grad_norm, seconds):
+    """One step's entry in the log. metrics: sums over this process's micro-batches. Entries named
+    *_loss are averaged over micro-batches and processes; patch counts are summed. grad_norm is None
+    when it is not finite; gpu_memory_gb is the peak since the start, in 10^9 bytes."""
+    sums = torch.stack(list(metrics.values()))
     count = micro_batches
     if dist.is_initialized():
         dist.all_reduce(sums)
         count *= dist.get_world_size()
     line = dict(step=step)
-    for name, n in zip(figures, sums.tolist()):
+    for name, n in zip(metrics, sums.tolist()):
         line[name] = n / count if name.endswith("_loss") else n
     line["reference_share"] = line.pop("reference_patches") / max(1, line.pop("labelled_patches"))
     rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
@@ -350,7 +351,7 @@ def report(out, log, args, model, original, momentum, val_set, seen):
 
 
 def main(args):
-    """The whole job. Returns 130, an exit status, when it was asked to stop."""
+    """Train, evaluate and report. Returns the exit status 130 if asked to stop, else None."""
     # processes
     rank, world, device = accidents.start_processes()
     out = Path(args.out)
@@ -383,7 +384,7 @@ def main(args):
     step = checkpoint.resume(last, **run)
     add = functools.partial(add_line, log, out / "log.jsonl")
 
-    far = 10 ** 9  # a step that training never reaches: a fixed sample of about 32 other crops
+    far = 10 ** 9  # no run has this step: a fixed sample of crops (about 32, or one larger batch)
     sample = list(batches(args.batch_size, far, far + max(1, 32 // args.batch_size)))
     share = functools.partial(reference_share, model, momentum, tokens, sample)
 
@@ -414,29 +415,29 @@ def main(args):
     bar = tqdm(range(step + 1, args.steps + 1), "train", args.steps, initial=step, disable=rank > 0)
     evaluated = [line["step"] for line in log if "mIoU_union" in line]
     if (due(args.eval_every, step) or step == args.steps) and step not in evaluated:
-        add(step=step, **evaluation())  # the run was stopped before it or in it
+        add(step=step, **evaluation())  # last.pt is saved before the evaluation of its step
     accidents.answer_signals(accidents.ask_to_stop)
     for step in bar:
         begin = time.time()
         model.train()  # evaluation sets eval mode
         set_learning_rate(optimiser, step - 1, args.steps)
-        figures, paths = {}, []
+        metrics, paths = {}, []
         try:
             for part in range(1, parts + 1):
                 images, pixel_labels, files = next(micro_batches)
-                if world > 1:  # DDP reads it in forward: sum gradients after the last part alone
+                if world > 1:  # read by DDP's forward: all-reduce in the last micro-batch only
                     network.require_backward_grad_sync = part == parts
                 loss, terms = losses_of(network, momentum, images, pixel_labels, tokens, args)
                 scaler.scale(loss / parts).backward()
                 for name, value in terms.items():
-                    figures[name] = figures.get(name, 0) + value.detach().double()
+                    metrics[name] = metrics.get(name, 0) + value.detach().double()
                 paths += files
         except (UserError, RuntimeError):  # a broken image or a lost process; no weight has changed
             checkpoint.save(last, step=step - 1, **run)
             raise
         scaler.unscale_(optimiser)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad).item()
-        refuse_non_finite(figures, grad_norm, scaler, f"step {step}; images {', '.join(paths)}")
+        refuse_non_finite(metrics, grad_norm, scaler, f"step {step}; images {', '.join(paths)}")
         scaler.step(optimiser)  # skipped under fp16 if a gradient is not finite
         scaler.update()
         optimiser.zero_grad()
@@ -444,7 +445,7 @@ def main(args):
             momentum.update()  # E^M = alpha E^M + (1 - alpha) E
 
         if due(args.log_every, step) or step == args.steps:
-            add(**step_line(step, figures, optimiser, parts, grad_norm, time.time() - begin))
+            add(**step_line(step, metrics, optimiser, parts, grad_norm, time.time() - begin))
             bar.set_postfix(loss=log[-1]["total_loss"], reference=log[-1]["reference_share"])
         stop = accidents.anyone_asked_to_stop()
         if stop or step == args.steps or due(args.eval_every, step) or due(args.save_every, step):

@@ -71,7 +71,7 @@ BENCHMARKS = {
     "pc-59": ([
         Layout(JPG10, DETAIL, PC59, range(65536), LISTS10, readers.read_painted),
         Layout(JPG10, MAT, PC59, range(65536), LISTS10, readers.read_label_map,
-               " (for want of trainval_merged.json approximate)"),
+               " (approximate: trainval_merged.json is missing)"),
         Layout(JPG10, VOC10 + READY + "pc59_{split}/*.png", range(59), [255],
                note=" (wrong if OVSeg wrote them, whose classes are in another order)")],
         {"train": [4998], "val": [5104, 5105]}),
@@ -89,8 +89,8 @@ BENCHMARKS = {
 def open_benchmark(name, root, split):
     """The benchmark of this name, from the first of its layouts that is there."""
     if name not in BENCHMARKS:
-        raise UserError(f"--dataset {name}: known are {', '.join(BENCHMARKS)}, folder:PATH, toy, "
-                        "toy:N")
+        raise UserError(f"--dataset {name}: should be one of {', '.join(BENCHMARKS)}, folder:PATH, "
+                        "toy, toy:N")
     layouts, expected = BENCHMARKS[name]
     if split not in expected:
         raise UserError(f"--dataset {name} is for evaluation only: train on voc-20")
@@ -179,8 +179,8 @@ def locate(root, pattern, split):
 
 
 def find_files(root, pattern, split, types):
-    """A Layout's path -> (its folder; {stem: path} of files of these types in it, but hidden ones,
-    evaluate.py's *.rpmd.png, and the *_labelTrainIds.png of mmsegmentation; how many others)."""
+    """A Layout's path -> (its folder; {stem: path} of the files of these types, except hidden ones,
+    evaluate.py's *.rpmd.png and mmsegmentation's *_labelTrainIds.png; how many other files)."""
     place, inner = locate(root, pattern, split)
     if place.suffix == ".json":
         return place, readers.read_detail(place), 0

@@ -1,7 +1,7 @@
 """Check datasets before training: python -m sources.check NAME ... --data-root DIR
 
-reads every file. It prints what is broken, or the share of each class and what is doubtful, and
-draws samples into out/check. The first dataset that can't be used ends it, with status 1."""
+Reads every file, prints what is broken or else the share of each class and any warnings, and draws
+samples in out/check. Stops at the first dataset that can't be used, with status 1."""
 import argparse
 import functools
 import os
@@ -20,10 +20,10 @@ from support.files import UserError
 def inspect(dataset, i):
     """Item i: (pixels of each class and of IGNORE, its mask's palette), or the error it raises."""
     try:
-        counts, palette = data.count_labels(dataset.load(i)[1], len(dataset.evaluated)), {}
+        counts = data.count_labels(dataset.load(i)[1], len(dataset.evaluated))
         if hasattr(dataset, "pairs") and dataset.layout.read is readers.read_mask:
-            palette = readers.read_palette(dataset.pairs[i][1])
-        return counts, palette
+            return counts, readers.read_palette(dataset.pairs[i][1])
+        return counts, {}
     except UserError as e:
         return e
 
@@ -41,8 +41,8 @@ def check(dataset, title):
     counts = sum(counts for counts, _ in items)
     for n, name in sorted(zip(counts, [*dataset.evaluated, "(ignored)"]), reverse=True):
         print(f"{100 * n / counts.sum():7.2f} % of the pixels  {name}")
-    if said := data.doubt_about_255(dataset, counts):
-        print(f"warning: {said}")
+    if message := data.doubt_about_255(dataset, counts):
+        print(f"warning: {message}")
     colours = {entry for _, palette in items for entry in palette.items()}
     if len(colours) > len(dict(colours)):
         print("warning: palettes differ: does an index mean the same class in all of the masks?")

@@ -16,8 +16,8 @@ from support.files import reading
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MASK_TYPES = (".png", ".tif", ".tiff", ".mat")
-EXACT = ("PNG", "TIFF", "BMP", "GIF")  # formats of masks, whatever the name says: never JPEG,
-FORMATS = (*EXACT, "JPEG", "WEBP")  # and of pictures: never PostScript
+EXACT = ("PNG", "TIFF", "BMP", "GIF")  # lossless: formats accepted for masks, whatever their suffix
+FORMATS = (*EXACT, "JPEG", "WEBP")  # formats accepted for pictures; PostScript would run code
 TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
          6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}  # of EXIF's orientations
 GRAY_STEPS = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies gray values of 2 and 4 bits
@@ -101,8 +101,8 @@ def read_label_map(path):
 
 
 class RunLengths(str):
-    """The masks of one image in the JSON of PASCAL in Detail; as text, where they are. phase: train
-    or val; size: (height, width); masks: [(category id, run lengths)] in the file's order."""
+    """One image's masks in the JSON of PASCAL in Detail. Its text, for messages, is file and
+    image. phase: train or val; size: (height, width); masks: [(category id, run lengths)]."""
 
 
 def read_painted(image):
@@ -132,7 +132,7 @@ def read_detail(path):
 
 
 def read_list(path, split, masks):
-    """The stems of a split: the lines of a file, or of the JSON the images of that phase."""
+    """The image stems of a split: the words of a text file, or the JSON's images of that phase."""
     with reading(path, f"a list of {split} images"):
         if path.suffix == ".json":
             read = any(isinstance(mask, RunLengths) for mask in masks.values())

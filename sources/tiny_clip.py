@@ -1,7 +1,7 @@
 """A tiny CLIP for the toy world, pre-trained from pictures and the names of what they show.
 
 It is told which names a picture shows, but not where. 85 % of its pictures are close-ups, most of
-them of a single thing, which comes near to labels for patches: kinder than the web was to CLIP.
+one thing alone. These come close to patch labels, so the task is easier than CLIP's on web images.
 """
 import hashlib
 import os
@@ -48,7 +48,7 @@ def pooled_features(visual, images, offset):
 
 
 def contrastive_loss(images, texts, present, scale):
-    """InfoNCE both ways, several right answers. images [B,D], texts [K,D], present bool [B,K]."""
+    """Symmetric InfoNCE with several positives. images [B,D], texts [K,D], present bool [B,K]."""
     logits, present = scale * images @ texts.T, present.float()
     to_text = -(logits.log_softmax(1) * present / present.sum(1, keepdim=True)).sum(1).mean()
     used = present.sum(0) > 0

@@ -2,9 +2,9 @@
 splits the names in another way, and has other scenes and another CLIP (see tiny_clip.py).
 
 A scene is a textured background with one to three objects. An object's class is a colour and a fill
-pattern ("striped red"); its outline means nothing. Segmentation training shows the 24 combinations
-of six colours and four patterns. The other 24 hold a colour or a pattern that only CLIP has seen,
-which knows which names an image holds, but not where.
+pattern ("striped red"); its shape does not matter. Segmentation training shows the 24 combinations
+of six colours and four patterns. The other 24 have a colour or a pattern that only the CLIP has
+seen, and that was told which names an image shows, but not where.
 """
 import numpy as np
 from PIL import Image

@@ -63,7 +63,7 @@ def statistics(model, original, dataset):
         sums.index_add_(0, labels, patches.double())
         counts += labels.bincount(minlength=len(names))[:, None]
     means = (sums / counts)[counts[:, 0] > 0]
-    figures = dict(
+    metrics = dict(
         shift_reference=torch.cat(reference).mean(),
         shift_noisy=torch.cat(noisy).mean(),
         shift_text=(text - original_text).square().sum(1).mean() / 2,
@@ -71,7 +71,7 @@ def statistics(model, original, dataset):
         patch_variance=1 - means.norm(dim=1).mean(),  # cos to the mean is |mean| on average
         patch_separation=F.pdist(F.normalize(means)).square().mean() / 2,
         text_separation=F.pdist(text).square().mean() / 2)
-    return {key: None if value.isnan() else value.item() for key, value in figures.items()}
+    return {key: None if value.isnan() else value.item() for key, value in metrics.items()}
 
 
 def shift(args):

@@ -52,9 +52,9 @@ def train(row, seed, flags, folder):
         (out / "last.pt").unlink()  # 40 MB that nothing here needs
     results = json.loads((out / "results.json").read_text())
     lines = []
-    for name, figures in ((row, results["trained"]), ("zero-shot CLIP", results["start"])):
-        figures = {key: figures[key] for key in (*METRICS, "reference_share_teacher")}
-        lines.append(dict(row=name, seed=seed, **figures, flags=flags))
+    for name, metrics in ((row, results["trained"]), ("zero-shot CLIP", results["start"])):
+        metrics = {key: metrics[key] for key in (*METRICS, "reference_share_teacher")}
+        lines.append(dict(row=name, seed=seed, **metrics, flags=flags))
     return lines
 
 

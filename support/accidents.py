@@ -1,4 +1,4 @@
-"""Processes, signals, errors and the lock of a run's folder: what stands around a main function."""
+"""Starting processes, signals, the exit on errors, and the lock of a run's folder."""
 import contextlib
 import ctypes
 import errno
@@ -22,9 +22,9 @@ stop_asked = False  # by a signal during training
 
 @contextlib.contextmanager
 def door():
-    """Stands around a main function. A UserError, a full GPU, a killed loader and the loss of
-    another process end it with a sentence and status 1, a signal with 130; any other exception is a
-    bug and keeps its traceback."""
+    """Context manager for a main function. On a UserError, a full GPU, a killed data loader or the
+    loss of another process, print one sentence and exit with status 1; on a signal, exit with 130.
+    Any other exception is a bug and keeps its traceback."""
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     answer_signals(signal.default_int_handler)  # raises KeyboardInterrupt
     status = 1
@@ -34,21 +34,21 @@ def door():
             dist.destroy_process_group()
         return
     except UserError as e:
-        said = f"error: {e}"
+        message = f"error: {e}"
     except KeyboardInterrupt:
-        status, said = 130, "stopped"
+        status, message = 130, "stopped"
     except torch.OutOfMemoryError as e:
-        said = f"error: {e}; with several images at once in training, --accumulate 2 halves them"
+        message = f"error: {e}; in training, --accumulate 2 halves the images in a forward pass"
     except RuntimeError as e:
         first_line = str(e).strip().partition("\n")[0]
         if first_line.startswith("DataLoader worker"):  # it was killed
-            said = f"error: {first_line} Is there enough memory? Try --workers 0"
+            message = f"error: {first_line} Is there enough memory? Try --workers 0"
         elif dist.is_initialized() and re.search("gloo|nccl", str(e), re.IGNORECASE):
-            said = (f"error: rank {dist.get_rank()} lost contact with another process "
-                    f"({first_line}); that process says why, unless it hangs or was killed")
+            message = (f"error: rank {dist.get_rank()} lost contact with another process "
+                       f"({first_line}); that process says why, unless it hangs or was killed")
         else:
             raise
-    print(said, file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
     if dist.is_initialized():
         os._exit(status)  # at once: threads of collectives would wait for the other processes
     sys.exit(status)
@@ -75,7 +75,7 @@ class Stream:
 
 
 def answer_signals(handler):
-    """Have signals answered, except those that nohup or a shell's & has set to be ignored."""
+    """Install a handler for SIGNALS, except those that are ignored (by nohup or a shell's &)."""
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
@@ -96,21 +96,21 @@ def anyone_asked_to_stop():
 
 
 def leave_group(worker_id):
-    """Ctrl-C and torchrun's signals go to a whole process group. A loader process leaves it: the
-    training process answers them, and ends its loaders itself."""
+    """worker_init_fn: take a data-loader worker out of the process group that Ctrl-C and torchrun
+    signal. The training process handles the signal and stops its workers itself."""
     os.setpgrp()
 
 
 def torchrun():
-    """(rank, number of processes, rank on this machine) as torchrun says, else of one process."""
+    """(rank, world size, local rank) from torchrun's environment variables, else (0, 1, 0)."""
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return 0, 1, 0
     return tuple(int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 
 
 def start_processes():
-    """Join torchrun's process group, if there is one. Returns (rank, number of processes, device).
-    Collectives of CPU tensors use gloo, those of GPU tensors NCCL."""
+    """Join torchrun's process group, if any; set TF32 on GPUs. Returns (rank, world size, device).
+    Collectives use gloo on CPU tensors and NCCL on GPU tensors. Raises UserError."""
     rank, world, local = torchrun()
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
@@ -143,7 +143,7 @@ def say(text):
 
 
 def agree(values):
-    """Raises UserError when the processes do not all have the same values, a dict by name."""
+    """Raise UserError unless `values`, {name: value}, are equal on all processes. A collective."""
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, values)

@@ -1,5 +1,5 @@
-"""Checkpoints: written whole, taken back bit for bit, and CAT-Seg's published ones read. What is
-wrong with a file becomes a UserError that names it; nothing in a file is executed."""
+"""Save, load and resume checkpoints, and read those that CAT-Seg published. Anything wrong with a
+file becomes a UserError that names it; nothing in a file is executed."""
 import json
 import re
 import warnings
@@ -8,7 +8,7 @@ from pathlib import Path
 import open_clip
 import torch
 
-from model import Segmenter, clip_sizes
+from model import Segmenter, clip_config
 from support import accidents
 from support.files import UserError, digest, reading, replacing
 
@@ -17,7 +17,7 @@ FREE = ("dataset data_root unseen workers out restart accumulate compile log_eve
 OPENAI_CONSTANTS = ("input_resolution", "context_length", "vocab_size")  # beside its weights
 CAT_SEG = {  # by the shape of the patch embedding's kernel, the CLIP of its published checkpoints
     (768, 3, 16, 16): "ViT-B-16-quickgelu", (1024, 3, 14, 14): "ViT-L-14-336-quickgelu"}
-CAT_SEG_NAMES = {  # what in the names of its tensors becomes what, in this order
+CAT_SEG_NAMES = {  # regex: replacement, applied in this order to the names of its tensors
     "sem_seg_head.predictor.transformer": "head",
     "sem_seg_head.predictor.clip_model": "text_encoder",
     "text_encoder.visual": "image_encoder.visual", "text_encoder.logit_scale": "logit_scale",
@@ -98,7 +98,7 @@ def load_clip(clip, pretrained):
     tag of open_clip ("openai" is downloaded once), or a file. Raises UserError, also where weights
     and model differ in their activation."""
     with reading(f"--pretrained {pretrained}", f"weights of --clip {clip}"):
-        sizes = clip_sizes(clip)
+        sizes = clip_config(clip)
         if not pretrained:  # open_clip would take random weights
             raise ValueError("it is empty")
         if not Path(pretrained).is_file():
@@ -119,18 +119,18 @@ def load_clip(clip, pretrained):
 
 
 def check_activation(path, quick_gelu):
-    """Weights do not say which GELU they were trained with. open_clip's config beside them does."""
+    """Raise ValueError if open_clip's config beside the weights names another GELU than --clip."""
     config = Path(path).with_name("open_clip_config.json")
+    ours, other = ("QuickGELU", "GELU") if quick_gelu else ("GELU", "QuickGELU")
     if not config.is_file():
-        accidents.say(f"note: {path} is taken to be trained with {'Quick' * quick_gelu}GELU")
+        accidents.say(f"note: {path} is taken to be trained with {ours}")
     elif json.loads(config.read_text())["model_cfg"].get("quick_gelu", False) != quick_gelu:
-        raise ValueError(f"{config} asks for {'Quick' * (not quick_gelu)}GELU: choose --clip "
-                         f"{'without' if quick_gelu else 'with'} -quickgelu")
+        raise ValueError(f"{config} asks for {other}: add or drop -quickgelu in --clip")
 
 
 def save(path, step, model, original, **run):
-    """Write a checkpoint, on process 0. run: further objects by name; of those that have a state,
-    such as the optimiser, the state is written."""
+    """Write a checkpoint, on process 0: `model`, the trained CLIP tensors of `original`, and `run`,
+    further objects by name (their state_dict, where they have one). Raises UserError."""
     if not accidents.is_first():
         return
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -144,10 +144,10 @@ def save(path, step, model, original, **run):
 
 
 def resume(path, model, original, momentum, optimiser, scaler, log, args, names, data):
-    """Fill the objects with what `save` has written of them, or remove it if args["restart"].
-    Returns the step, or None where there is no checkpoint. Raises UserError when the checkpoint is
-    of other classes (names), images (data: digests of their files' names) or flags than FREE ones,
-    and when the processes do not all see the same file."""
+    """Restore the objects from the checkpoint, or delete it if args["restart"]. Returns its step,
+    or None where there is none. Raises UserError if the checkpoint has other class names, other
+    data (the datasets' fingerprints) or other flags, apart from those in FREE, and if the processes
+    do not all see the same file."""
     if args["restart"] and accidents.is_first():
         path.unlink(missing_ok=True)
     found = None if args["restart"] else digest(path)

@@ -1,4 +1,4 @@
-"""Files and flags: what is wrong with one is said in a sentence, and what is written is whole."""
+"""Files and flags: one-sentence errors for bad ones, and atomic writes."""
 import argparse
 import contextlib
 import hashlib
@@ -10,13 +10,13 @@ import secrets
 
 
 class UserError(ValueError):
-    """What the user can mend: a file, a flag, a disk. Its text is one sentence that names it, and
-    is shown without a traceback (`accidents.door`)."""
+    """An error that the user can fix: a bad file or flag, a full disk. Its message is one sentence
+    that names the cause, printed without a traceback (`accidents.door`)."""
 
 
 @contextlib.contextmanager
 def reading(path, kind):
-    """Whatever a library raises on a broken or foreign file becomes a UserError that names it."""
+    """Turn any exception raised while reading `path` into a UserError that says it is no `kind`."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("it is not a regular file")  # a pipe would block for ever
@@ -24,18 +24,18 @@ def reading(path, kind):
     except Exception as e:
         if isinstance(e, UserError) and str(path) in str(e):
             raise
-        said = " ".join(str(e).split()) or type(e).__name__
+        message = " ".join(str(e).split()) or type(e).__name__
         if isinstance(e, KeyError):
-            said = f"there is no {said} in it"
-        if isinstance(e, pickle.UnpicklingError):  # torch advises to run what is in the file
-            said = "it is damaged, or holds more than tensors, numbers and text"
-        raise UserError(f"{path} can't be read as {kind} ({said[:300]})") from e
+            message = f"there is no {message} in it"
+        if isinstance(e, pickle.UnpicklingError):  # torch's message advises weights_only=False
+            message = "it is damaged, or holds more than tensors, numbers and text"
+        raise UserError(f"{path} can't be read as {kind} ({message[:300]})") from e
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """Gives a binary file that becomes `path` whole or not at all: it is written under another
-    name, flushed to the disk and renamed. Makes the folder if need be. Raises UserError."""
+    """Yields a binary file that replaces `path` atomically: it is written under another name,
+    flushed to the disk and renamed. Makes the folder if need be. Raises UserError."""
     temporary = path.with_name(f".{secrets.token_hex(8)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

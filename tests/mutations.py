@@ -70,8 +70,8 @@ MUTATIONS = {  # (file, tests that should fail): (name, what stands there, what 
         ("the learning rate a step late", "rate(optimiser, step - 1,", "rate(optimiser, step,"),
         ("accumulated gradients not averaged", "loss / parts).backward", "loss).backward"),
         ("momentum never updated", "            momentum.update()", "            pass"),
-        ("the step before the check for NaN", "        refuse_non_finite(figures,",
-         "        scaler.step(optimiser)\n        refuse_non_finite(figures,")],
+        ("the step before the check for NaN", "        refuse_non_finite(metrics,",
+         "        scaler.step(optimiser)\n        refuse_non_finite(metrics,")],
     ("train.py", "accidents"): [
         ("resume repeats a batch", "parts, step * parts,", "parts, max(0, step - 1) * parts,")],
     ("support/checkpoint.py", "accidents"): [

@@ -208,7 +208,7 @@ def test_one_of_two_processes_is_lost(start):
         pairs.append(start(name, "--tpa-steps=0", processes=2, prelude=prelude))
     for first, _ in pairs:
         one_sentence(ends(first, 1), "rank 0 lost contact")
-    one_sentence(ends(pairs[-1][1], 1), "--dataset none: known are")
+    one_sentence(ends(pairs[-1][1], 1), "--dataset none: should be one of")
 
 
 def test_processes_that_differ_do_not_train(start):

@@ -90,7 +90,7 @@ def test_bad_input_is_one_sentence_with_the_path(folder, words, harm):
 def test_datasets_that_are_not_there(tmp_path, monkeypatch):
     """The root is the flag, else $RPMD_DATA, else $DETECTRON2_DATASETS, else ./datasets."""
     for name in ("coco", "toy:x", "folder:", f"toy:{10 ** 9}"):
-        refused(f"{name}: known are coco-stuff, .*folder:PATH, toy, toy:N", open_dataset, name)
+        refused(f"{name}: should be one of coco-stuff, .*folder:PATH, toy, toy:N", open_dataset, name)
     monkeypatch.setenv("DETECTRON2_DATASETS", "")
     monkeypatch.setenv("RPMD_DATA", "")
     monkeypatch.chdir(tmp_path)
@@ -110,9 +110,9 @@ def test_names_held_out(folder):
     assert all(np.array_equal(part.load(i)[1], ranks[whole.load(i)[1]]) for i in range(len(whole)))
     put(folder, np.full((60, 80), 7, np.uint8))
     refused("0.png holds the value 7, which is none of 3 classes", part.load, 0)
-    refused("--unseen x: expected are some of", trained, folder, unseen="x")
+    refused("--unseen x: should be some, but not", trained, folder, unseen="x")
     refused("--unseen .* name 1 is ''", trained, folder, unseen="")
-    refused("--unseen red .*not all of them", trained, folder, unseen=part.names + ["green thing"])
+    refused("--unseen red .*but not all", trained, folder, unseen=part.names + ["green thing"])
     whole, part = (open_dataset("toy", None, "train", unseen=u) for u in (None, "sand, brick"))
     names, left = np.array(whole.names)[whole.load(0)[1]], part.load(0)[1]
     assert np.array_equal(left == IGNORE, np.isin(names, ["sand", "brick"]))

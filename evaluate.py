@@ -105,13 +105,13 @@ def label_map(model, image, text, **options):
 
 
 def segment(model, image, names, **options):
-    """Label every pixel of an image (a path, a PIL image or uint8 [H,W,3]). names: a list, or a
-    file or text as for --classes. Returns int64 [H,W], indices into names. options: those of
-    `class_scores`; sliding=False takes one view, not five. Raises UserError."""
+    """Label every pixel of an image (a path, a PIL image or uint8 [H,W,3]; turned upright as its
+    EXIF says). names: a list, or a file or text as for --classes. Returns int64 [H,W], indices into
+    names. options: those of `class_scores`; sliding=False takes one view. Raises UserError."""
     from sources.readers import read_image
     names = names if isinstance(names, (str, Path)) else list(names)
     names = data.read_names(names, "the list of names")
-    check_names(model, names, own_words=True)
+    check_names(names, model.text_encoder.context_length, own_words=True)
     return label_map(model.eval(), read_image(image), encode_names(model, names), **options)
 
 
@@ -120,17 +120,19 @@ def normalised_name(name):
     return get_clean_fn("lower")(first_synonym(name))
 
 
-def check_names(model, names, own_words=False, trained_on=""):
+def check_names(names, context_length=77, own_words=False, trained_on=""):
     """Check that the text encoder tells all names apart and reads them in full. If not, raise
     UserError if own_words (the user chose the names), else print a note. trained_on: the
     checkpoint's dataset; if it is a toy world, warn of words that its CLIP never saw."""
-    first, context = {}, model.text_encoder.context_length
-    for name, tokens in zip(names, model.tokenize(names).tolist()):
+    if len(names) == 1:
+        accidents.say(f"warning: every pixel will be {names[0]!r}, which is the only class")
+    first = {}
+    for name, tokens in zip(names, tokenize(names, context_length).tolist()):
         other, problem = first.setdefault(tuple(tokens), name), ""
         if other != name:
             problem = (f"the text encoder reads the names {other!r} and {name!r} alike, so one of "
                        "them can never be predicted")
-        elif tokens[-1] and tokenize([name], context + 1).shape[1] > context:
+        elif tokens[-1] and tokenize([name], context_length + 1).shape[1] > context_length:
             problem = f"the name {name[:100]!r} is too long for the text encoder"
         if problem and own_words:
             raise UserError(problem)
@@ -307,7 +309,7 @@ def label_pictures(model, trained_on, args):
     if not args.classes:
         raise UserError('--image needs --classes, as in --classes "cat, sofa, wooden floor"')
     names = data.read_names(args.classes)
-    check_names(model, names, own_words=True, trained_on=trained_on)
+    check_names(names, model.text_encoder.context_length, own_words=True, trained_on=trained_on)
     text = encode_names(model, names)
     paths = []
     for place in map(Path, args.image):
@@ -372,7 +374,8 @@ def main():
     accidents.agree({"--checkpoint": digest(args.checkpoint), "--zero-shot": args.zero_shot,
                      "digest of images and names": [dataset.fingerprint for dataset in datasets]})
     for dataset in datasets:
-        check_names(model, dataset.names, dataset.own_words, trained_on)
+        context_length = model.text_encoder.context_length
+        check_names(dataset.names, context_length, dataset.own_words, trained_on)
     for name, dataset in zip(names, datasets):
         accidents.say(f"{name}: {dataset.description}")
         result = dict(

@@ -285,6 +285,21 @@ def refuse_non_finite(metrics, grad_norm, scaler, where):
     raise UserError(f"{what} became NaN or infinite at {where}")
 
 
+def sample_crops(batches, batch_size, dataset, grid):
+    """About 32 crops on which `reference_share` is followed, in batches: those of a step that no
+    run has. Warns if no reference patch can come of them, or 255 seems to be a class."""
+    far = 10 ** 9
+    sample = list(batches(batch_size, far, far + max(1, 32 // batch_size)))
+    pixel_labels = torch.cat([labels for _, labels, _ in sample]).cpu()
+    counts = data.count_labels(pixel_labels, len(dataset.names))
+    if message := data.doubt_about_255(dataset, counts, share=0.05):
+        say(f"warning: in training, {message}")
+    if (patch_labels(pixel_labels, grid) == IGNORE).all():
+        say("warning: in the sampled crops, no class is the most frequent label of any patch, so "
+            "none can be a reference patch")
+    return sample
+
+
 @torch.no_grad()
 def reference_share(model, momentum, tokens, batches):
     """Share of the labelled patches that are reference patches, Eq. (1), over batches and all
@@ -299,9 +314,6 @@ def reference_share(model, momentum, tokens, batches):
     if dist.is_initialized():
         dist.all_reduce(sums)
     reference, labelled = sums.tolist()
-    if not labelled:
-        say("warning: in the sampled crops, no class is the most frequent label of any patch, so "
-            "none can be a reference patch")
     return reference / max(1, labelled)
 
 
@@ -369,7 +381,7 @@ def main(args):
 
     # student, teacher, optimiser
     model = build_model(args, rank).to(device)
-    evaluate.check_names(model, val_set.names, val_set.own_words)
+    evaluate.check_names(val_set.names, model.text_encoder.context_length, val_set.own_words)
     tokens = model.tokenize(train_set.names)
     original = frozen_copy(model)  # CLIP as training begins
     # TPA leaves the visual encoder as it is, so E^M can begin here. (frozen, pooled: alpha is 1)
@@ -384,8 +396,7 @@ def main(args):
     step = checkpoint.resume(last, **run)
     add = functools.partial(add_line, log, out / "log.jsonl")
 
-    far = 10 ** 9  # no run has this step: a fixed sample of crops (about 32, or one larger batch)
-    sample = list(batches(args.batch_size, far, far + max(1, 32 // args.batch_size)))
+    sample = sample_crops(batches, args.batch_size, train_set, model.grid)
     share = functools.partial(reference_share, model, momentum, tokens, sample)
 
     def evaluation(zero_shot=False):

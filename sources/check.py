@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import evaluate
 from sources import readers
 from support.accidents import door
 from support.files import UserError
@@ -28,9 +29,11 @@ def inspect(dataset, i):
         return e
 
 
-def check(dataset, title):
-    """Read a dataset and print what is in it. Raises UserError if it can't be used as it is."""
+def check(dataset, title, colours):
+    """Read a dataset and print what is in it. colours: set of (index, colour) in the palettes of
+    its other split, to which its own are added. Raises UserError if it can't be used as it is."""
     print(f"{title}: {dataset.description}")
+    evaluate.check_names(dataset.names, own_words=dataset.own_words)
     loader = torch.utils.data.DataLoader(range(len(dataset)), None, num_workers=os.cpu_count(),
                                          collate_fn=functools.partial(inspect, dataset))
     items = list(tqdm(data.in_loaders(loader), "reading", len(dataset), leave=False))
@@ -43,7 +46,7 @@ def check(dataset, title):
         print(f"{100 * n / counts.sum():7.2f} % of the pixels  {name}")
     if message := data.doubt_about_255(dataset, counts):
         print(f"warning: {message}")
-    colours = {entry for _, palette in items for entry in palette.items()}
+    colours.update(entry for _, palette in items for entry in palette.items())
     if len(colours) > len(dict(colours)):
         print("warning: palettes differ: does an index mean the same class in all of the masks?")
     from support import pictures
@@ -60,9 +63,9 @@ def main():
     parser.add_argument("--split", choices=("train", "val"), help="default: both")
     args = parser.parse_args()
     for name in args.names:
-        splits = ["val"] if name == "voc-20b" else ["train", "val"]
+        colours, splits = set(), ["val"] if name == "voc-20b" else ["train", "val"]
         for split in [args.split] if args.split else splits:
-            check(data.open_dataset(name, args.data_root, split), f"{name} {split}")
+            check(data.open_dataset(name, args.data_root, split), f"{name} {split}", colours)
 
 
 if __name__ == "__main__":

@@ -51,9 +51,10 @@ def read_image(image):
             values = 256 * np.asarray(image.convert("RGB"), int) + 255
         else:
             return image.convert("RGB")
-        low, high = values.min(), values.max()
-        if not (0 <= low and 2 ** 14 <= high < 2 ** 16):
-            raise ValueError(f"more than 8 bits should fill 0..65535, and lie in {low}..{high}")
+        low, most, high = np.percentile(values, [0, 99, 100]).tolist()
+        if not (0 <= low and 2 ** 12 <= most and 2 ** 14 <= high < 2 ** 16):
+            raise ValueError("more than 8 bits should fill 0..65535, and lie in "
+                             f"{low:g}..{high:g}, most of them below {most:g}")
         return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
 
 
@@ -61,6 +62,8 @@ def read_mask(path):
     """A picture of one channel -> its values; of a palette the indices, never the colours."""
     with reading(path, f"a mask ({', '.join(EXACT)})"):
         image, raw_mode = upright(path)
+        if getattr(image, "n_frames", 1) > 1 or raw_mode.startswith(("1;I", "L;I", "L;2I", "L;4I")):
+            raise ValueError("it has several pages, or its values are inverted (WhiteIsZero)")
         return np.asarray(image) // GRAY_STEPS.get(raw_mode[:3], 1)
 
 

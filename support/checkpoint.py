@@ -2,7 +2,6 @@
 file becomes a UserError that names it; nothing in a file is executed."""
 import json
 import re
-import warnings
 from pathlib import Path
 
 import open_clip
@@ -98,34 +97,43 @@ def load_clip(clip, pretrained):
     tag of open_clip ("openai" is downloaded once), or a file. Raises UserError, also where weights
     and model differ in their activation."""
     with reading(f"--pretrained {pretrained}", f"weights of --clip {clip}"):
-        sizes = clip_config(clip)
+        sizes, openai = clip_config(clip), open_clip.get_pretrained_cfg(clip, "openai")
         if not pretrained:  # open_clip would take random weights
             raise ValueError("it is empty")
         if not Path(pretrained).is_file():
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", "QuickGELU mismatch")
-                return open_clip.create_model(clip, pretrained)
+            check_conventions(open_clip.get_pretrained_cfg(clip, pretrained), sizes)
+            return open_clip.create_model(clip, pretrained)
         # OpenAI's files are programs (TorchScript), known by their SHA-256; no other one is opened
-        if digest(pretrained) in open_clip.get_pretrained_url(clip, "openai"):
+        if digest(pretrained) in openai.get("url", ""):
+            check_conventions(openai, sizes)
             state = torch.jit.load(pretrained, map_location="cpu").state_dict()
         else:
-            state = open_clip.factory.load_state_dict(pretrained)
+            beside = Path(pretrained).with_name("open_clip_config.json")
+            config = json.loads(beside.read_text()) if beside.is_file() else {}
             if clip != "tiny":
-                check_activation(pretrained, sizes.get("quick_gelu", False))
+                about = config.get("model_cfg", {}) | config.get("preprocess_cfg", {})
+                check_conventions(about, sizes)
+            state = open_clip.factory.load_state_dict(pretrained)
         network = open_clip.model.CLIP(**sizes)
         network.load_state_dict({name.replace("_orig_mod.", ""): tensor for name, tensor
                                  in state.items() if name not in OPENAI_CONSTANTS})
+        for name, tensor in network.state_dict().items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} is not finite")
         return network
 
 
-def check_activation(path, quick_gelu):
-    """Raise ValueError if open_clip's config beside the weights names another GELU than --clip."""
-    config = Path(path).with_name("open_clip_config.json")
-    ours, other = ("QuickGELU", "GELU") if quick_gelu else ("GELU", "QuickGELU")
-    if not config.is_file():
-        accidents.say(f"note: {path} is taken to be trained with {ours}")
-    elif json.loads(config.read_text())["model_cfg"].get("quick_gelu", False) != quick_gelu:
-        raise ValueError(f"{config} asks for {other}: add or drop -quickgelu in --clip")
+def check_conventions(about, sizes):
+    """Raise ValueError if weights were trained with another GELU or mean than they are used with.
+    about: what open_clip says of them; sizes: `clip_config`."""
+    ours = "QuickGELU" if sizes.get("quick_gelu") else "GELU"
+    mean = tuple(about.get("mean", open_clip.OPENAI_DATASET_MEAN))
+    if not about:
+        accidents.say(f"note: CLIP's weights are taken to be trained with {ours}")
+    elif bool(about.get("quick_gelu")) != bool(sizes.get("quick_gelu")):
+        raise ValueError(f"they were not trained with {ours}: add or drop -quickgelu in --clip")
+    elif mean != open_clip.OPENAI_DATASET_MEAN:
+        raise ValueError(f"they were trained on pictures with a mean of {mean}, not OpenAI's")
 
 
 def save(path, step, model, original, **run):
@@ -172,9 +180,9 @@ def resume(path, model, original, momentum, optimiser, scaler, log, args, names,
             momentum.load_state_dict(state["momentum"])
         optimiser.load_state_dict(state["optimiser"])
         for parameter, averages in optimiser.state.items():
-            if averages["exp_avg"].shape != parameter.shape:
+            if any(averages[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
                 raise ValueError("the optimiser's state has other shapes")
         scaler.load_state_dict(state["scaler"])
-        log[:] = state["log"]
-    accidents.say(f"resuming {path} of {state['args']['dataset']} after step {step}")
+        log[:] = sorted(state["log"], key=lambda line: line["step"])
+        accidents.say(f"resuming {path} of {state['args']['dataset']} after step {step}")
     return step

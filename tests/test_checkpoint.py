@@ -2,6 +2,7 @@
 import functools
 import hashlib
 import json
+import math
 import os
 import pickle
 import resource
@@ -135,7 +136,7 @@ def test_what_is_no_checkpoint_is_refused_at_once_and_not_executed(saved, tmp_pa
     monkeypatch.chdir(tmp_path)
     config, state = run["model"].config, run["model"].state_dict()
     good, vast = dict(config=config, model=state), torch.zeros(1).char().expand(10**6, 10**6)
-    nan = torch.tensor([float("nan")])
+    nan = torch.tensor([math.nan])
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for contents, words in (  # what the file holds, and what the refusal says
             ([1, 2], ""), ({"model": {"a": Bomb()}}, "holds more than"), (good | {"config": 3}, ""),
@@ -199,26 +200,34 @@ def test_clip_in_published_formats(clip, monkeypatch):
     refusal(checkpoint.load_clip, "ViT-small", "archive.pt")
     with open("archive.pt", "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    monkeypatch.setattr(open_clip, "get_pretrained_url", lambda *a: f"https://x/{digest}/a.pt")
+    openais = dict(url=f"https://x/{digest}/a.pt", quick_gelu=True)
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda clip, tag: openais)
     for name in ("plain.pt", "training.pt", "model.safetensors", "archive.pt"):
         loaded, tolerance = checkpoint.load_clip("ViT-small", name), 1e-3 * (name == "archive.pt")
         torch.testing.assert_close(dict(loaded.state_dict()), state, rtol=tolerance, atol=tolerance)
 
 
-def test_the_activation_of_a_file_is_that_of_the_config_beside_it(clip, tmp_path, capsys):
+def test_weights_of_another_gelu_or_mean_are_refused(clip, tmp_path, capsys):
+    """open_clip says which they need: of its tags, and in the config beside a file."""
     torch.save(clip.state_dict(), "plain.pt")
     checkpoint.load_clip("ViT-small", "plain.pt")
-    assert "plain.pt is taken to be trained with QuickGELU" in capsys.readouterr().out
-    (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {}}')
-    assert "asks for GELU" in refusal(checkpoint.load_clip, "ViT-small", "plain.pt")
+    assert "are taken to be trained with QuickGELU" in capsys.readouterr().out
+    config = tmp_path / "open_clip_config.json"
+    for contents, words in (({"model_cfg": {"width": 1}}, "not trained with QuickGELU"), ({
+            "model_cfg": SMALL, "preprocess_cfg": {"mean": [0.5] * 3}}, "a mean of (0.5, 0.5, 0.5)")):
+        config.write_text(json.dumps(contents))
+        assert words in refusal(checkpoint.load_clip, "ViT-small", "plain.pt")
+    assert "not trained with GELU" in refusal(checkpoint.load_clip, "ViT-B-16", "openai")
+    assert "mean of (0.5" in refusal(checkpoint.load_clip, "ViT-L-14", "laion2b_s32b_b82k")
 
 
 def test_clip_files_and_models_that_do_not_fit(clip, tmp_path, monkeypatch):
     other = open_clip.model.CLIP(**{**SMALL, "embed_dim": 16}).state_dict()
-    for name, contents in {"other.pt": other, "bomb.pt": Bomb(), "list.pt": [1]}.items():
+    nan = clip.state_dict() | {"logit_scale": torch.tensor(math.nan)}
+    for name, contents in {"other.pt": other, "bomb.pt": Bomb(), "list.pt": [1], "nan": nan}.items():
         torch.save(contents, name)
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.pt").read_bytes()[:5000])
-    for name in ("", "other.pt", "bomb.pt", "list.pt", "cut.safetensors", "nowhere.pt", "no-tag"):
+    for name in ("", "nan", "other.pt", "bomb.pt", "list.pt", "cut.safetensors", "nowhere.pt", "no-tag"):
         text = refusal(checkpoint.load_clip, "ViT-small", name)
         assert text.startswith(f"--pretrained {name} can't be read as weights of --clip"), text
     assert not (tmp_path / "exploded").exists()

@@ -1,4 +1,5 @@
 """Datasets by name, class names, odd pictures and masks, training crops, and sources/check.py."""
+import functools
 import os
 import struct
 import zlib
@@ -129,6 +130,8 @@ def test_names_held_out(folder):
     ("a; b", "name 1 is 'a; b'"), ('{"0": "red"}', "name 1 is '{"), ('"a","b"', "name 1 is '.a"),
     ([", red"], "name 1 is ', red'"), ("names: [a, b]", "name 1"), ("./a.yaml", "a.yaml can't be"),
     ("a=1", "name 1"), ("// a", "name 1"), ("<name>a</name>", "name 1"), ("a\nb\u200b", "name 2"),
+    ("__ignore__\na", "name 1"), ("wall 1 2 3", "name 1"), ("CLASSES = (", "name 1 is 'CLASSES"),
+    ("'a',\n'b',", "name 1"), ("n01440764 tench", "name 1"), (["a", "b\ud800"], r"'b\\ud800'"),
     (["a", "b\x1b[31m"], r"'b\\x1b"), ("a, " + 301 * "b", "at most 300 letters .* name 2 is 'b")])
 def test_vocabularies_that_are_refused(classes, words):
     refused(words, read_names, classes)
@@ -143,8 +146,9 @@ def test_vocabularies_that_are_taken(tmp_path):
     for text in ("a/b\nc, d", "a/b\r\nc, d\r\n\r\n", '[\n "a/b",\n "c, d"\n]\n'):
         (tmp_path / "names.txt").write_text(text, encoding="utf-8-sig")
         assert read_names(str(tmp_path / "names.txt")) == ["a/b", "c, d"]
-    (tmp_path / "names.txt").write_text("name,r,g,b\nred,200,40,40")
-    refused("name 2 is '", read_names, str(tmp_path / "names.txt"))
+    for text in ("name,r,g,b\nred,200,40,40", "class_name\nred"):
+        (tmp_path / "names.txt").write_text(text)
+        refused("name [12] is '", read_names, str(tmp_path / "names.txt"))
 
 
 def test_pictures_and_masks_are_turned_as_their_own_exif_says(folder, monkeypatch):
@@ -159,6 +163,13 @@ def test_pictures_and_masks_are_turned_as_their_own_exif_says(folder, monkeypatc
         assert np.array_equal(image, pixels) and np.array_equal(labels, pixels[..., 0])
     put(folder, pixels[..., 0])
     assert np.array_equal(trained(folder).load(0)[1], pixels[..., 0])
+
+
+def test_masks_of_several_pages_or_inverted_values_are_refused(folder):
+    mask = Image.fromarray(np.ones((60, 80), np.uint8))
+    for saving in (dict(save_all=True, append_images=[mask]), dict(tiffinfo={262: 0})):
+        mask.save(folder / "masks/train/0.png", "TIFF", **saving)
+        refused("several pages, or its values are inverted", trained(folder).load, 0)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -184,8 +195,10 @@ def test_pictures_of_more_than_8_bits_are_scaled_or_refused(folder):
         put(folder, image=tones.astype(kind))
         gray = np.asarray(trained(folder).load(0)[0])[..., 0]
         assert np.array_equal(gray, (tones.astype(kind) // 257).astype(int))
+    hot = np.where(tones < 65535, 1 / 32, 1)  # one pixel alone is bright
     for kind, scale, found in ((np.int32, 2, "0..131070"), (np.uint16, 1 / 16, "0..4095"),
-                               (np.float32, 1 / 65535, "0.0..1.0"), (np.int32, -1, "-65535..0")):
+                               (np.float32, 1 / 65535, "0..1,"), (np.int32, -1, "-65535..0"),
+                               (np.uint16, hot, "0..65535, most of them below 2027")):
         put(folder, image=(tones * scale).astype(kind))
         refused(f"images/train/0.jpg .* lie in {found}", trained(folder).load, 0)
     head = struct.pack(">IIBBBBB", 80, 60, 16, 2, 0, 0, 0)
@@ -262,7 +275,7 @@ def test_jitter_is_ssds():
 
 def checked(folder, capsys):
     """What a check of the training split prints."""
-    check.check(trained(folder), "mine")
+    check.check(trained(folder), "mine", set())
     return capsys.readouterr().out
 
 
@@ -289,14 +302,19 @@ def test_check_reads_a_whole_dataset(folder, capsys, monkeypatch):
 def test_doubts_about_palettes_and_whether_255_is_a_class(tiny, folder, capsys, monkeypatch):
     monkeypatch.setattr("support.pictures.labelled", lambda *rows: None)
     for i, palette in enumerate(([0] * 9, [0] * 300, [0] * 6 + [9, 9, 9])):
-        mask = Image.fromarray(np.asarray(Image.open(folder / f"masks/train/{i}.png")) % 3)
+        path = folder / ("masks/val/0.png" if i == 2 else f"masks/train/{i}.png")
+        mask = Image.fromarray(np.asarray(Image.open(path)) % 3)
         mask.putpalette(palette)
-        mask.save(folder / f"masks/train/{i}.png")
-        assert ("warning: palettes differ" in checked(folder, capsys)) == (i == 2)
+        mask.save(path)
+        monkeypatch.setattr("sys.argv", ["check.py", f"folder:{folder}"])
+        check.main()
+        assert ("warning: palettes differ" in capsys.readouterr().out) == (i == 2)
     scribble = np.full((60, 80), 255, np.uint8)
     scribble[::12] = 0
     for path in (folder / "masks/train").iterdir():
         Image.fromarray(scribble).save(path)
+    (folder / "classes.txt").write_text("road\nRoad")
+    refused("'road' and 'Road' alike", checked, folder, capsys)
     (folder / "classes.txt").write_text("background\nroad")
     assert "warning: no pixel is 'road'" in checked(folder, capsys)
     dataset = trained(folder)
@@ -304,10 +322,12 @@ def test_doubts_about_palettes_and_whether_255_is_a_class(tiny, folder, capsys, 
     counts = data.count_labels(labels, 2)
     assert counts.tolist() == [2, 2, 4] and data.doubt_about_255(dataset, counts) == ""
     evaluate.evaluate(tiny, dataset)
-    crop = torch.zeros(1, 3, 64, 64), torch.full((1, 64, 64), IGNORE), []
-    assert train.reference_share(tiny, None, tiny.tokenize(dataset.names), [crop]) == 0
+    assert "warning: no pixel is 'road'" in capsys.readouterr().out
+    batches = functools.partial(data.batches, data.TrainingCrops(dataset, 64, 0))
+    sample = train.sample_crops(batches, 16, dataset, tiny.grid)
     said = capsys.readouterr().out
-    assert "warning: no pixel is 'road'" in said and "none can be a reference" in said
+    assert "in training, no pixel is 'road'" in said and "none can be a reference" in said
+    assert train.reference_share(tiny, None, tiny.tokenize(dataset.names), sample) == 0
     assert data.doubt_about_255(dataset, np.array([90, 0, 0])) == ""  # nothing is ignored
     dataset.evaluated = ["background", "road", "sky", "sea"]
     assert data.doubt_about_255(dataset, np.array([90, 1, 0, 0, 9])) == ""  # rare classes, and void

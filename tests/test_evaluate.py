@@ -264,11 +264,12 @@ def test_doubtful_names_are_told(tiny, folder, command, capsys, monkeypatch):
     own, args = f"--datasets=folder:{folder}", {"dataset": "toy:3"}
     status, said = command(own, "--classes=Sky, sky, tree", args=args)
     assert status == 1 and "'Sky'" in said and "'sky'" in said
-    evaluate.check_names(tiny, ["Sky", "sky"])
+    evaluate.check_names(["Sky", "sky"], 20)
     assert capsys.readouterr().out.startswith("note: ")
-    evaluate.check_names(tiny, ["cat " * 11], own_words=True)  # 9 of the prompt and its ends
+    evaluate.check_names(["cat " * 11], 20, own_words=True)  # 9 of the prompt and its ends
+    assert capsys.readouterr().out.startswith("warning: every pixel will be 'cat cat")
     with pytest.raises(UserError, match="too long for the text"):
-        evaluate.check_names(tiny, ["dog", "cat " * 12], own_words=True)
+        evaluate.check_names(["dog", "cat " * 12], 20, own_words=True)
     said = command(own, args=args)[1]
     assert "warning: " in said and "'red thing'" in said
     monkeypatch.setattr("sources.toy.SPLIT_SIZES", {"train": 1, "val": 1})

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import data
 from losses import IGNORE, correctly_classified, patch_labels
-from model import first_synonym, tokenize
+from model import tokenize
 from support import accidents, checkpoint
 from support.files import UserError, digest, reading, write_json
 
@@ -117,7 +117,7 @@ def segment(model, image, names, **options):
 
 def normalised_name(name):
     """What the tokenizer makes of a class name: its first synonym, in small letters."""
-    return get_clean_fn("lower")(first_synonym(name))
+    return get_clean_fn("lower")(name.partition(",")[0])
 
 
 def check_names(names, context_length=77, own_words=False, trained_on=""):
@@ -271,18 +271,16 @@ def examples(path, model, original, momentum, dataset, seen):
 
 def format_table(rows):
     """Rows of cells as a Markdown table, the first of which is the header; None becomes "-"."""
-    cells = []
-    for row in rows:
-        row = ["-" if cell is None else cell for cell in row]
-        row = [f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row]
-        cells.append([cell.replace("|", "\\|") for cell in row])
+    def text(cell):
+        if cell is None:
+            return "-"
+        return f"{cell:.1f}" if isinstance(cell, float) else str(cell).replace("|", "\\|")
+
+    cells = [list(map(text, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     cells.insert(1, ["-" * width for width in widths])
-    lines = []
-    for first, *others in cells:
-        padded = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
-        lines.append(f"| {' | '.join(padded)} |")
-    return "\n".join(lines)
+    padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
 
 
 def result_path(name, dataset, args):

@@ -183,14 +183,10 @@ class TextEncoder(nn.Module):
         return F.normalize(norm(self.ln_final, x) @ cast(self.text_projection, x.dtype), dim=-1)
 
 
-def first_synonym(name):
-    return name.split(",")[0].strip()
-
-
 def tokenize(names, context_length=77):
     """K class names in a prompt -> tokens [K,n], n being the longest one's length. Of
     comma-separated synonyms the first counts."""
-    prompts = [PROMPT.format(first_synonym(name)) for name in names]
+    prompts = [PROMPT.format(name.partition(",")[0]) for name in names]
     tokens = open_clip.tokenize(prompts, context_length)
     longest = tokens.argmax(-1).max() + 1
     return tokens[:, :longest]

@@ -24,7 +24,7 @@ import data
 from losses import IGNORE, correctly_classified, patch_labels
 from model import tokenize
 from support import accidents, checkpoint
-from support.files import UserError, digest, reading, write_json
+from support.files import UserError, reading, write_json
 
 
 def resize(x, size):
@@ -291,9 +291,10 @@ def result_path(name, dataset, args):
     words = [Path(folder).name[:40] or name.replace(":", "-")]
     if args.zero_shot:
         words.append("zero-shot")
-    if weights.stem != "last":
+    if weights.name != "last.pt":
         words.append(weights.stem)
-    digested = [folder, args.classes and dataset.names, args.out and str(weights)]
+    digested = [folder, args.classes and dataset.names, args.out and str(weights),
+                weights.name != "last.pt" and weights.name]
     if any(digested):
         words.append(hashlib.sha256(json.dumps(digested).encode()).hexdigest()[:8])
     return Path(args.out or weights.parent / "eval", "-".join(words) + ".json")
@@ -369,7 +370,7 @@ def main():
     for name in args.datasets:
         names += data.REPORTED if name == "all" else [name]
     datasets = [data.open_dataset(name, args.data_root, "val", args.classes) for name in names]
-    accidents.agree({"--checkpoint": digest(args.checkpoint), "--zero-shot": args.zero_shot,
+    accidents.agree({"--checkpoint": contents["digest"], "--zero-shot": args.zero_shot,
                      "digest of images and names": [dataset.fingerprint for dataset in datasets]})
     for dataset in datasets:
         context_length = model.text_encoder.context_length

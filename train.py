@@ -145,7 +145,8 @@ def parse(argv=None):
     if args.distill not in ("rpmd", "frozen") or args.adapt not in ("both", "text"):
         args.tpa_steps = 0
     for counter in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
-        if os.environ.get(counter, "0") != "0":  # a scheduler repeats the command
+        if args.restart and os.environ.get(counter, "0") != "0":  # a scheduler repeats the command
+            say(f"note: --restart is ignored, since {counter} is {os.environ[counter]}")
             args.restart = False
     return args
 
@@ -443,12 +444,12 @@ def main(args):
                 for name, value in terms.items():
                     metrics[name] = metrics.get(name, 0) + value.detach().double()
                 paths += files
-        except (UserError, RuntimeError):  # a broken image or a lost process; no weight has changed
+            scaler.unscale_(optimiser)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad).item()
+            refuse_non_finite(metrics, grad_norm, scaler, f"step {step}; images {', '.join(paths)}")
+        except (UserError, RuntimeError):  # NaN, a broken image, a lost process: no weight changed
             checkpoint.save(last, step=step - 1, **run)
             raise
-        scaler.unscale_(optimiser)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad).item()
-        refuse_non_finite(metrics, grad_norm, scaler, f"step {step}; images {', '.join(paths)}")
         scaler.step(optimiser)  # skipped under fp16 if a gradient is not finite
         scaler.update()
         optimiser.zero_grad()

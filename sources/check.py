@@ -14,7 +14,7 @@ from tqdm import tqdm
 import data
 import evaluate
 from sources import readers
-from support.accidents import door
+from support import accidents
 from support.files import UserError
 
 
@@ -34,8 +34,9 @@ def check(dataset, title, colours):
     its other split, to which its own are added. Raises UserError if it can't be used as it is."""
     print(f"{title}: {dataset.description}")
     evaluate.check_names(dataset.names, own_words=dataset.own_words)
-    loader = torch.utils.data.DataLoader(range(len(dataset)), None, num_workers=os.cpu_count(),
-                                         collate_fn=functools.partial(inspect, dataset))
+    loader = torch.utils.data.DataLoader(
+        range(len(dataset)), None, num_workers=os.cpu_count(),
+        worker_init_fn=accidents.leave_group, collate_fn=functools.partial(inspect, dataset))
     items = list(tqdm(data.in_loaders(loader), "reading", len(dataset), leave=False))
     wrong = [item for item in items if isinstance(item, UserError)]
     if wrong:
@@ -69,5 +70,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with door():
+    with accidents.door():
         main()

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from evaluate import format_table
-from support.files import UserError
+from support.files import UserError, replacing
 
 TABLES = Path(__file__).with_name("tables")
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -93,8 +93,10 @@ def report(lines, title, path):
     ax.invert_yaxis()
     first = next(iter(rows)).partition(",")[0]
     figure.suptitle(f"{title}\n(bars: 95 % interval of the difference to {first})")
-    figure.savefig(f"{path}.png", dpi=110)
-    Path(f"{path}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with replacing(Path(f"{path}.png")) as file:
+        figure.savefig(file, format="png", dpi=110)
+    with replacing(Path(f"{path}.jsonl")) as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
     print(f"{title}\n\n{format_table(table)}\n\nIn brackets: mean difference to the first row with "
           "the same setting, world by world, and its 95 % bootstrap interval. p: by sign flips.\n"
           f"written: {path}.jsonl, {path}.png")

@@ -15,8 +15,10 @@ from tqdm import tqdm
 from support.files import UserError
 
 TIMEOUT = timedelta(minutes=30)  # how long a process waits for the others
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1")
-           if hasattr(signal, name)]  # Ctrl-C; schedulers; SLURM's --signal=USR1@90
+# Ctrl-C; schedulers; SLURM's --signal=USR1@90; a closed terminal
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+           if hasattr(signal, name)]
+LESS_MEMORY = "; in training, --accumulate 2 halves the images in a forward pass"
 stop_asked = False  # by a signal during training
 
 
@@ -37,11 +39,13 @@ def door():
         message = f"error: {e}"
     except KeyboardInterrupt:
         status, message = 130, "stopped"
-    except torch.OutOfMemoryError as e:
-        message = f"error: {e}; in training, --accumulate 2 halves the images in a forward pass"
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        message = f"error: {e or 'out of memory'}{LESS_MEMORY}"
     except RuntimeError as e:
         first_line = str(e).strip().partition("\n")[0]
-        if first_line.startswith("DataLoader worker"):  # it was killed
+        if "allocate memory" in first_line:
+            message = f"error: {first_line}{LESS_MEMORY}"
+        elif first_line.startswith("DataLoader worker"):  # it was killed
             message = f"error: {first_line} Is there enough memory? Try --workers 0"
         elif dist.is_initialized() and re.search("gloo|nccl", str(e), re.IGNORECASE):
             message = (f"error: rank {dist.get_rank()} lost contact with another process "
@@ -103,7 +107,8 @@ def leave_group(worker_id):
 
 def torchrun():
     """(rank, world size, local rank) from torchrun's environment variables, else (0, 1, 0)."""
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+    needed = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    if not needed <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         return 0, 1, 0
     return tuple(int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 

@@ -1,5 +1,7 @@
 """Save, load and resume checkpoints, and read those that CAT-Seg published. Anything wrong with a
 file becomes a UserError that names it; nothing in a file is executed."""
+import hashlib
+import io
 import json
 import re
 from pathlib import Path
@@ -47,12 +49,14 @@ def from_cat_seg(state):
 
 
 def read(path):
-    """{"config", "model", ...} of a checkpoint that train.py wrote, or the same made of one that
-    CAT-Seg published. Raises UserError."""
+    """{"config", "model", "digest" (of the file), ...} of a checkpoint that train.py wrote, or the
+    same made of one that CAT-Seg published. Raises UserError."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint file")
     with reading(path, "a checkpoint of train.py, or of CAT-Seg with ViT-B/16 or ViT-L/14@336"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        content = Path(path).read_bytes()  # training may replace the file at any time
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        identity = hashlib.sha256(content).hexdigest()
         for name, tensor in (*checkpoint["model"].items(), *checkpoint.get("original", {}).items()):
             if tensor.untyped_storage().nbytes() < tensor.nbytes:
                 raise ValueError(f"{name} claims more memory than the file holds")
@@ -60,10 +64,10 @@ def read(path):
                 raise ValueError(f"{name} is not finite")
         state = {name.replace("_orig_mod.", ""): t for name, t in checkpoint["model"].items()}
         if "config" in checkpoint:
-            return {**checkpoint, "model": state}
+            return {**checkpoint, "model": state, "digest": identity}
         kernel = state["sem_seg_head.predictor.clip_model.visual.conv1.weight"]
         config = dict(clip=CAT_SEG[kernel.shape], image_size=384, channels=128)
-        return {"config": config, "model": from_cat_seg(state)}
+        return {"config": config, "model": from_cat_seg(state), "digest": identity}
 
 
 def build_from(checkpoint, path):
@@ -152,12 +156,13 @@ def save(path, step, model, original, **run):
 
 
 def resume(path, model, original, momentum, optimiser, scaler, log, args, names, data):
-    """Restore the objects from the checkpoint, or delete it if args["restart"]. Returns its step,
-    or None where there is none. Raises UserError if the checkpoint has other class names, other
-    data (the datasets' fingerprints) or other flags, apart from those in FREE, and if the processes
-    do not all see the same file."""
+    """Restore the objects from the checkpoint, or delete the whole run if args["restart"]. Returns
+    its step, or None where there is none. Raises UserError if the checkpoint has other class names,
+    other data (the datasets' fingerprints) or other flags, apart from those in FREE, and if the
+    processes do not all see the same file."""
     if args["restart"] and accidents.is_first():
-        path.unlink(missing_ok=True)
+        for old in (path, path.with_name("results.json"), *path.parent.glob("step-??????.pt")):
+            old.unlink(missing_ok=True)
     found = None if args["restart"] else digest(path)
     accidents.agree({f"the digest of {path}": found})
     if found is None:

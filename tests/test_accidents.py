@@ -172,7 +172,7 @@ def test_a_signal_that_nohup_ignores_stays_ignored(monkeypatch):
     monkeypatch.setattr(signal, "getsignal", ignored.get)
     monkeypatch.setattr(signal, "signal", lambda number, handler: answered.append(number))
     accidents.answer_signals(None)
-    assert answered == [signal.SIGINT, signal.SIGUSR1]
+    assert answered == [signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
 
 
 def test_nan_stops_before_the_step_and_names_its_origin(training, tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_nan_stops_before_the_step_and_names_its_origin(training, tmp_path, monk
     monkeypatch.setattr(train, "cpa_loss",
                         lambda *args: loss(*args) * (math.nan if len(steps) == 2 else 1))
     with pytest.raises(UserError, match="^cpa_loss .*infinite at step 3; images .*jpg, .*jpg$"):
-        training("a", "--tpa-steps=0", "--image-size=32")
+        training("a", "--tpa-steps=0", "--image-size=32", "--save-every=0")
     assert len(steps) == 2 and step_of(tmp_path / "a") == 2
 
 
@@ -261,6 +261,11 @@ def test_restart_is_not_repeated_by_a_scheduler(monkeypatch, elastic, slurm):
 
 def test_half_an_environment_is_one_process(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert accidents.torchrun() == (0, 1, 0)
+    monkeypatch.delenv("MASTER_PORT")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert accidents.start_processes()[:2] == (0, 1)
     assert train.parse(["--batch-size=2"]).batch_size == 2
@@ -276,6 +281,14 @@ def test_a_run_without_streams_and_one_without_home_or_name(start):
     for [process] in runs:
         ends(process, 0)
         assert (process.out / "results.json").is_file()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: 9 bytes")])
+def test_too_little_memory_is_one_sentence(error, capsys, monkeypatch):
+    monkeypatch.setattr(accidents, "answer_signals", lambda handler: None)
+    with pytest.raises(SystemExit), accidents.door():
+        raise error
+    one_sentence(capsys.readouterr().err, "--accumulate 2")
 
 
 def test_streams_of_a_notebook_and_of_an_ascii_terminal():

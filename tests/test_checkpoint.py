@@ -213,8 +213,9 @@ def test_weights_of_another_gelu_or_mean_are_refused(clip, tmp_path, capsys):
     checkpoint.load_clip("ViT-small", "plain.pt")
     assert "are taken to be trained with QuickGELU" in capsys.readouterr().out
     config = tmp_path / "open_clip_config.json"
-    for contents, words in (({"model_cfg": {"width": 1}}, "not trained with QuickGELU"), ({
-            "model_cfg": SMALL, "preprocess_cfg": {"mean": [0.5] * 3}}, "a mean of (0.5, 0.5, 0.5)")):
+    half = {"model_cfg": SMALL, "preprocess_cfg": {"mean": [0.5] * 3}}
+    for contents, words in (({"model_cfg": {"width": 1}}, "not trained with QuickGELU"),
+                            (half, "a mean of (0.5, 0.5, 0.5)")):
         config.write_text(json.dumps(contents))
         assert words in refusal(checkpoint.load_clip, "ViT-small", "plain.pt")
     assert "not trained with GELU" in refusal(checkpoint.load_clip, "ViT-B-16", "openai")
@@ -224,10 +225,11 @@ def test_weights_of_another_gelu_or_mean_are_refused(clip, tmp_path, capsys):
 def test_clip_files_and_models_that_do_not_fit(clip, tmp_path, monkeypatch):
     other = open_clip.model.CLIP(**{**SMALL, "embed_dim": 16}).state_dict()
     nan = clip.state_dict() | {"logit_scale": torch.tensor(math.nan)}
-    for name, contents in {"other.pt": other, "bomb.pt": Bomb(), "list.pt": [1], "nan": nan}.items():
+    files = {"other.pt": other, "bomb.pt": Bomb(), "list.pt": [1], "nan.pt": nan}
+    for name, contents in files.items():
         torch.save(contents, name)
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.pt").read_bytes()[:5000])
-    for name in ("", "nan", "other.pt", "bomb.pt", "list.pt", "cut.safetensors", "nowhere.pt", "no-tag"):
+    for name in ("", *files, "cut.safetensors", "nowhere.pt", "no-tag"):
         text = refusal(checkpoint.load_clip, "ViT-small", name)
         assert text.startswith(f"--pretrained {name} can't be read as weights of --clip"), text
     assert not (tmp_path / "exploded").exists()

@@ -227,7 +227,8 @@ def test_nothing_is_overwritten_by_something_else(tmp_path):
     paths = [path(), path("pc-59"), path(f"folder:{'long/' * 50}"),
              path(f"folder:x/{'long/' * 50}"), path(flags="--zero-shot"), path(checkpoint="b.pt"),
              path(flags="--classes=f"), path(flags="--classes=f", words="acb"),
-             path(flags="--out=o"), path(flags="--out=o", checkpoint="x/last.pt")]
+             path(checkpoint="b.pth"), path(checkpoint="zero-shot.pt"), path(flags="--out=o"),
+             path(flags="--out=o", checkpoint="x/last.pt")]
     assert len(set(paths)) == len(paths)
 
 

@@ -19,8 +19,8 @@ REPORTED = ("ade20k-847", "pc-459", "ade20k-150", "pc-59", "voc-20", "voc-20b") 
 NAMES = ("coco-stuff", *REPORTED, "folder:PATH", "toy", "toy:N")  # for help
 # what is not a plain name: empty, quoted, a comment, a list item; a number, alone or listed with a
 # name; Python, JSON, YAML or XML; more than 300 characters
-NOT_A_NAME = re.compile(r"""\s*$|[#,"*/|%•]|\(?'|__|-\s|\(?\d+\s*([:,)]|$)|n\d{8}|.*[,:|]\s*\d|"""
-                        r".*(\s\d+){3}$|.*\s#|.*[][{}<>;=]|.{301}")
+NOT_A_NAME = re.compile(r"""\s*$|[#,"*/|•]|\(?'.*'|__|-\s|\(?\d+\s*([:,)]|$)|n\d{8}|"""
+                        r".*[,:|]\s*[\d.]+\s*([:,|]|$)|.*(\s\d+){3}$|.*[][{}<>;=]|.{301}")
 HEADER = re.compile(r"((class|label)[ _]?)?names?|class(es)?|labels?", re.IGNORECASE)
 FILE_NAME = re.compile(r"[^,\n]*\.[a-z]{3,5}")
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)  # CLIP's
@@ -65,8 +65,7 @@ def open_dataset(name, root=None, split="val", classes=None, unseen=None):
     dataset.evaluated = dataset.names
     if name == "voc-20b":  # its last label stands for all names from the 21st on
         dataset.evaluated = [*dataset.names[:20], "background"]
-    dataset.description = (f"{len(dataset)} images of {len(dataset.names)} names, "
-                           f"{dataset.source}")
+    dataset.description = f"{len(dataset)} images of {len(dataset.names)} names, {dataset.source}"
     dataset.sliding = kind != "toy"
     dataset.own_masks = kind == "folder"
     dataset.own_words = dataset.own_masks or classes is not None
@@ -111,13 +110,15 @@ def read_names(classes, flag="--classes"):
     numbered = len(names) > 1 and all(re.match(r"\d+\W", str(name)) for name in names)
     for i, name in enumerate(names, 1):
         header = i == 1 and isinstance(classes, Path) and HEADER.fullmatch(str(name))
-        if (numbered or header or not isinstance(name, str) or not name.isprintable()
-                or NOT_A_NAME.match(name)):
+        if (numbered or header or not isinstance(name, str) or NOT_A_NAME.match(name)
+                or not name.replace("\xa0", " ").isprintable()):
             raise UserError(f"{where} should hold names of classes alone (a file, one a line), of "
                             f"at most 300 letters each, and name {i} is {str(name)[:100]!r}")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{where} names {twice[:100]!r} twice")
+    if len(names) == 1 and flag == "--classes":
+        accidents.say(f"warning: every pixel will be {names[0][:100]!r}, the only class")
     return list(names)
 
 
@@ -126,13 +127,12 @@ def count_labels(pixel_labels, num_classes):
     return np.bincount(np.ravel(pixel_labels) % (num_classes + 1), minlength=num_classes + 1)
 
 
-def doubt_about_255(dataset, counts, share=0.001):
-    """A warning if the user's masks seem to store a class as 255, or "". counts: `count_labels`;
-    share: of the pixels, above which 255 is frequent."""
+def doubt_about_255(dataset, counts):
+    """A warning if the user's masks seem to store a class as 255, or "". counts: `count_labels`."""
     absent = [name for name, n in zip(dataset.evaluated, counts) if n == 0]
     # as with masks of 0 and 255: all classes but one have pixels, or only one has
     one_apart = absent and len(absent) in (1, len(dataset.evaluated) - 1)
-    if dataset.own_masks and one_apart and counts[-1] > share * counts.sum():
+    if dataset.own_masks and one_apart and counts[-1] > 0.001 * counts.sum():
         return f"no pixel is {absent[0]!r}, but some are ignored: is that class stored as 255?"
     return ""
 

@@ -82,10 +82,8 @@ def class_scores(model, image, text, sliding=True, zero_shot=False, chunk=None):
     logits = []
     for view in x.to(text.device).split(1 if on_cpu else len(x)):
         patches, middle = model.encode_image(view)
-        if zero_shot:
-            logits.append(model.cost(patches, text))
-        else:
-            logits.append(model.compute_logits(patches, middle, text))
+        logits.append(model.cost(patches, text) if zero_shot
+                      else model.compute_logits(patches, middle, text))
     chunk = chunk or max(1, min(16 if on_cpu else 64, 2 ** 26 // (H * W)))  # classes at once
     for first in range(0, len(text), chunk):
         scores = torch.cat([of_view[:, first:first + chunk] for of_view in logits]).float()
@@ -109,7 +107,6 @@ def segment(model, image, names, **options):
     EXIF says). names: a list, or a file or text as for --classes. Returns int64 [H,W], indices into
     names. options: those of `class_scores`; sliding=False takes one view. Raises UserError."""
     from sources.readers import read_image
-    names = names if isinstance(names, (str, Path)) else list(names)
     names = data.read_names(names, "the list of names")
     check_names(names, model.text_encoder.context_length, own_words=True)
     return label_map(model.eval(), read_image(image), encode_names(model, names), **options)
@@ -124,8 +121,6 @@ def check_names(names, context_length=77, own_words=False, trained_on=""):
     """Check that the text encoder tells all names apart and reads them in full. If not, raise
     UserError if own_words (the user chose the names), else print a note. trained_on: the
     checkpoint's dataset; if it is a toy world, warn of words that its CLIP never saw."""
-    if len(names) == 1:
-        accidents.say(f"warning: every pixel will be {names[0]!r}, which is the only class")
     first = {}
     for name, tokens in zip(names, tokenize(names, context_length).tolist()):
         other, problem = first.setdefault(tuple(tokens), name), ""
@@ -213,21 +208,19 @@ def evaluate(model, dataset, seen=None, zero_shot=False, rank=0, world=1):
     """`summary` of a dataset. Each of the processes (world) takes every world-th image."""
     text = encode_names(model.eval(), dataset.names)
     K = len(dataset.evaluated)
-    total = torch.zeros(K, K, dtype=torch.int64, device=text.device)
-    counts = torch.zeros(K + 1, dtype=torch.int64)
+    total = torch.zeros(K + 1, K + 1, dtype=torch.int64, device=text.device)  # K: IGNORE
     for i in tqdm(range(rank, len(dataset), world), "evaluating", disable=rank > 0, leave=False):
         if accidents.stop_asked:
             raise KeyboardInterrupt
         image, pixel_labels, _ = dataset.load(i)
-        counts += torch.from_numpy(data.count_labels(pixel_labels, K))
+        labels = torch.from_numpy(np.where(pixel_labels == IGNORE, K, pixel_labels))
         prediction = predict(model, dataset, image, text, zero_shot)
-        total += confusion_matrix(prediction, torch.from_numpy(pixel_labels).to(text.device), K)
+        total += confusion_matrix(prediction, labels.to(text.device), K + 1)
     if world > 1:
         dist.all_reduce(total)
-        dist.all_reduce(counts)
-    if message := data.doubt_about_255(dataset, counts):
+    if message := data.doubt_about_255(dataset, total.sum(1).cpu()):
         accidents.say(f"warning: {message}")
-    return summary(total, dataset.evaluated, seen)
+    return summary(total[:K, :K], dataset.evaluated, seen)
 
 
 def patch_view(model, image, pixel_labels):
@@ -373,8 +366,7 @@ def main():
     accidents.agree({"--checkpoint": contents["digest"], "--zero-shot": args.zero_shot,
                      "digest of images and names": [dataset.fingerprint for dataset in datasets]})
     for dataset in datasets:
-        context_length = model.text_encoder.context_length
-        check_names(dataset.names, context_length, dataset.own_words, trained_on)
+        check_names(dataset.names, model.text_encoder.context_length, dataset.own_words, trained_on)
     for name, dataset in zip(names, datasets):
         accidents.say(f"{name}: {dataset.description}")
         result = dict(

@@ -155,9 +155,8 @@ def segmentation_loss(logits, pixel_labels, ignored="negative", chunk=64, ignore
         total = total + checkpoint(sum_over_classes, z, i * chunk,
                                    use_reentrant=False, preserve_rng_state=False)
     if ignored == "skip":
-        total = total * known
-    pixels = known.sum().clamp(min=1) if ignored == "skip" else known.numel()
-    return total.sum() / (pixels * logits.shape[1])
+        return (total * known).sum() / (known.sum().clamp(min=1) * logits.shape[1])
+    return total.sum() / (known.numel() * logits.shape[1])
 
 
 def pooled_loss(patches, frozen_patches, grid):

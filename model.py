@@ -188,8 +188,7 @@ def tokenize(names, context_length=77):
     comma-separated synonyms the first counts."""
     prompts = [PROMPT.format(name.partition(",")[0]) for name in names]
     tokens = open_clip.tokenize(prompts, context_length)
-    longest = tokens.argmax(-1).max() + 1
-    return tokens[:, :longest]
+    return tokens[:, :tokens.argmax(-1).max() + 1]
 
 
 def project(layer, x, guidance):

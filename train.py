@@ -271,34 +271,17 @@ def set_learning_rate(optimiser, step, steps):
 
 
 def due(n, step):
-    """True if step is a multiple of n, and neither is 0."""
-    return n > 0 and step > 0 and step % n == 0
+    """True if step is a multiple of n; 0 stands for never."""
+    return n > 0 and step % n == 0
 
 
 def refuse_non_finite(metrics, grad_norm, scaler, where):
     """Raise UserError if a loss is not finite, or the gradient (left to the scaler under fp16)."""
-    sums = torch.stack(list(metrics.values()))
-    if sums.isfinite().all() and (math.isfinite(grad_norm) or scaler.is_enabled()):
-        return
-    terms = [name for name, n in zip(metrics, sums.tolist())
-             if not math.isfinite(n) and name != "total_loss"]
-    what = " and ".join(terms) or "the gradient, but no loss on this process,"
-    raise UserError(f"{what} became NaN or infinite at {where}")
-
-
-def sample_crops(batches, batch_size, dataset, grid):
-    """About 32 crops on which `reference_share` is followed, in batches: those of a step that no
-    run has. Warns if no reference patch can come of them, or 255 seems to be a class."""
-    far = 10 ** 9
-    sample = list(batches(batch_size, far, far + max(1, 32 // batch_size)))
-    pixel_labels = torch.cat([labels for _, labels, _ in sample]).cpu()
-    counts = data.count_labels(pixel_labels, len(dataset.names))
-    if message := data.doubt_about_255(dataset, counts, share=0.05):
-        say(f"warning: in training, {message}")
-    if (patch_labels(pixel_labels, grid) == IGNORE).all():
-        say("warning: in the sampled crops, no class is the most frequent label of any patch, so "
-            "none can be a reference patch")
-    return sample
+    sums = torch.stack(list(metrics.values())).tolist()
+    terms = [name for name, n in zip(metrics, sums) if not math.isfinite(n)]
+    if terms or not (math.isfinite(grad_norm) or scaler.is_enabled()):
+        what = " and ".join(terms) or "the gradient, but no loss on this process,"
+        raise UserError(f"{what} became NaN or infinite at {where}")
 
 
 @torch.no_grad()
@@ -315,6 +298,9 @@ def reference_share(model, momentum, tokens, batches):
     if dist.is_initialized():
         dist.all_reduce(sums)
     reference, labelled = sums.tolist()
+    if not labelled:
+        say("warning: in the sampled crops, no class is the most frequent label of any patch, so "
+            "none can be a reference patch")
     return reference / max(1, labelled)
 
 
@@ -397,7 +383,8 @@ def main(args):
     step = checkpoint.resume(last, **run)
     add = functools.partial(add_line, log, out / "log.jsonl")
 
-    sample = sample_crops(batches, args.batch_size, train_set, model.grid)
+    far = 10 ** 9  # no run has this step: a fixed sample of crops (about 32, or one larger batch)
+    sample = list(batches(args.batch_size, far, far + max(1, 32 // args.batch_size)))
     share = functools.partial(reference_share, model, momentum, tokens, sample)
 
     def evaluation(zero_shot=False):

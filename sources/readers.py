@@ -54,7 +54,7 @@ def read_image(image):
         low, most, high = np.percentile(values, [0, 99, 100]).tolist()
         if not (0 <= low and 2 ** 12 <= most and 2 ** 14 <= high < 2 ** 16):
             raise ValueError("more than 8 bits should fill 0..65535, and lie in "
-                             f"{low:g}..{high:g}, most of them below {most:g}")
+                             f"{low:g}..{high:g}, 99 % of them below {most:g}")
         return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
 
 
@@ -62,8 +62,8 @@ def read_mask(path):
     """A picture of one channel -> its values; of a palette the indices, never the colours."""
     with reading(path, f"a mask ({', '.join(EXACT)})"):
         image, raw_mode = upright(path)
-        if getattr(image, "n_frames", 1) > 1 or raw_mode.startswith(("1;I", "L;I", "L;2I", "L;4I")):
-            raise ValueError("it has several pages, or its values are inverted (WhiteIsZero)")
+        if raw_mode.startswith(("1;I", "L;I", "L;2I", "L;4I")):
+            raise ValueError("its values are inverted: WhiteIsZero")
         return np.asarray(image) // GRAY_STEPS.get(raw_mode[:3], 1)
 
 

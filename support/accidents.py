@@ -1,6 +1,5 @@
 """Starting processes, signals, the exit on errors, and the lock of a run's folder."""
 import contextlib
-import ctypes
 import errno
 import os
 import re
@@ -18,7 +17,6 @@ TIMEOUT = timedelta(minutes=30)  # how long a process waits for the others
 # Ctrl-C; schedulers; SLURM's --signal=USR1@90; a closed terminal
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
            if hasattr(signal, name)]
-LESS_MEMORY = "; in training, --accumulate 2 halves the images in a forward pass"
 stop_asked = False  # by a signal during training
 
 
@@ -39,12 +37,11 @@ def door():
         message = f"error: {e}"
     except KeyboardInterrupt:
         status, message = 130, "stopped"
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        message = f"error: {e or 'out of memory'}{LESS_MEMORY}"
-    except RuntimeError as e:
-        first_line = str(e).strip().partition("\n")[0]
-        if "allocate memory" in first_line:
-            message = f"error: {first_line}{LESS_MEMORY}"
+    except (MemoryError, RuntimeError) as e:
+        first_line = str(e).strip().partition("\n")[0] or "out of memory"
+        if re.search("out of memory|allocate memory", first_line):
+            message = (f"error: {first_line}; in training, --accumulate 2 halves the images in a "
+                       "forward pass")
         elif first_line.startswith("DataLoader worker"):  # it was killed
             message = f"error: {first_line} Is there enough memory? Try --workers 0"
         elif dist.is_initialized() and re.search("gloo|nccl", str(e), re.IGNORECASE):
@@ -125,12 +122,6 @@ def start_processes():
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions by default
-    else:
-        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-            mallopt = ctypes.CDLL("libc.so.6").mallopt
-            # keep the memory of large tensors: faulting it in anew is half of a step's time
-            mallopt(-4, 0)  # M_MMAP_MAX
-            mallopt(-1, -1)  # M_TRIM_THRESHOLD
     if world > 1:
         dist.init_process_group(backend, timeout=TIMEOUT,
                                 device_id=device if device.type == "cuda" else None)

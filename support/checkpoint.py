@@ -98,8 +98,8 @@ def load_weights(model, path):
 
 def load_clip(clip, pretrained):
     """An open_clip.model.CLIP with published weights. clip: see `model.Segmenter`; pretrained: a
-    tag of open_clip ("openai" is downloaded once), or a file. Raises UserError, also where weights
-    and model differ in their activation."""
+    tag of open_clip ("openai" is downloaded once), or a file. Raises UserError, also for weights
+    that are not finite or were trained under other conventions (`check_conventions`)."""
     with reading(f"--pretrained {pretrained}", f"weights of --clip {clip}"):
         sizes, openai = clip_config(clip), open_clip.get_pretrained_cfg(clip, "openai")
         if not pretrained:  # open_clip would take random weights
@@ -115,8 +115,10 @@ def load_clip(clip, pretrained):
             beside = Path(pretrained).with_name("open_clip_config.json")
             config = json.loads(beside.read_text()) if beside.is_file() else {}
             if clip != "tiny":
-                about = config.get("model_cfg", {}) | config.get("preprocess_cfg", {})
-                check_conventions(about, sizes)
+                if not config:
+                    accidents.say(f"note: {pretrained} is taken to have the GELU of --clip {clip}")
+                check_conventions(
+                    config.get("model_cfg", {}) | config.get("preprocess_cfg", {}), sizes)
             state = open_clip.factory.load_state_dict(pretrained)
         network = open_clip.model.CLIP(**sizes)
         network.load_state_dict({name.replace("_orig_mod.", ""): tensor for name, tensor
@@ -129,14 +131,11 @@ def load_clip(clip, pretrained):
 
 def check_conventions(about, sizes):
     """Raise ValueError if weights were trained with another GELU or mean than they are used with.
-    about: what open_clip says of them; sizes: `clip_config`."""
-    ours = "QuickGELU" if sizes.get("quick_gelu") else "GELU"
+    about: what open_clip says of them, if anything; sizes: `clip_config`."""
+    if about and bool(about.get("quick_gelu")) != bool(sizes.get("quick_gelu")):
+        raise ValueError("they were trained with the other GELU: add or drop -quickgelu in --clip")
     mean = tuple(about.get("mean", open_clip.OPENAI_DATASET_MEAN))
-    if not about:
-        accidents.say(f"note: CLIP's weights are taken to be trained with {ours}")
-    elif bool(about.get("quick_gelu")) != bool(sizes.get("quick_gelu")):
-        raise ValueError(f"they were not trained with {ours}: add or drop -quickgelu in --clip")
-    elif mean != open_clip.OPENAI_DATASET_MEAN:
+    if mean != open_clip.OPENAI_DATASET_MEAN:
         raise ValueError(f"they were trained on pictures with a mean of {mean}, not OpenAI's")
 
 
@@ -188,6 +187,6 @@ def resume(path, model, original, momentum, optimiser, scaler, log, args, names,
             if any(averages[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
                 raise ValueError("the optimiser's state has other shapes")
         scaler.load_state_dict(state["scaler"])
-        log[:] = sorted(state["log"], key=lambda line: line["step"])
+        log[:] = state["log"]
         accidents.say(f"resuming {path} of {state['args']['dataset']} after step {step}")
     return step

@@ -1,6 +1,5 @@
 """Every picture the project draws: arrays and PIL images go in, a png file comes out. Only
 functions that draw import this file, because matplotlib is slow to import."""
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +11,17 @@ from losses import IGNORE
 from support.files import replacing
 
 
-@functools.cache
-def palette():
-    """Colours of labels 0..1023, and black where IGNORE = -1 finds it: uint8 [1025,3]. They are
-    PASCAL VOC's, lightened: the bits of label + 1 go to red, green and blue in turn."""
-    label = np.arange(1, 1025)
-    colours = np.zeros((1025, 3), np.uint8)
-    for bit in range(11):
-        colours[:-1, bit % 3] += (label >> bit & 1).astype(np.uint8) << 7 - bit // 3
-    colours[:-1] = 64 + 0.75 * colours[:-1]
-    return colours
+# Colours of labels 0..1023, and black where IGNORE = -1 finds it: uint8 [1025,3]. They are PASCAL
+# VOC's, lightened: the bits of label + 1 go to red, green and blue in turn.
+PALETTE = np.zeros((1025, 3), np.uint8)
+for bit in range(11):
+    PALETTE[:-1, bit % 3] += (np.arange(1, 1025) >> bit & 1).astype(np.uint8) << 7 - bit // 3
+PALETTE[:-1] = 64 + 0.75 * PALETTE[:-1]
 
 
 def paint(pixel_labels):
     """Labels [H,W] -> PIL image in the labels' colours; IGNORE is black."""
-    return Image.fromarray(palette()[np.where(pixel_labels == IGNORE, IGNORE, pixel_labels % 1024)])
+    return Image.fromarray(PALETTE[np.where(pixel_labels == IGNORE, IGNORE, pixel_labels % 1024)])
 
 
 def overlay(image, pixel_labels):
@@ -59,7 +54,7 @@ def legend(names, label_maps, unseen=(), shares=False):
             text += " *"
         if shares:
             text = f"{100 * counts[i] / len(known):.1f} % {text}"
-        entries.append((text, palette()[i % 1024] / 255))
+        entries.append((text, PALETTE[i % 1024] / 255))
     if len(largest) > 12:
         entries.append((f"and {len(largest) - 12} more", "white"))
     if len(known) < len(labels):
@@ -69,8 +64,7 @@ def legend(names, label_maps, unseen=(), shares=False):
 
 
 def sheet(path, titles, rows, patches, caption=""):
-    """Write rows of PIL images with titles over the columns, and under them a caption and a legend.
-    """
+    """Write rows of PIL images with titles over the columns; below, a caption and a legend."""
     heights = [max(image.height / image.width for image in row) for row in rows]
     heights = np.clip(heights, 0.1, 3)  # of a row, in widths of a column
     size = (9, 9 / len(titles) * heights.sum() + 1)  # inches

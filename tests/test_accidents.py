@@ -300,7 +300,7 @@ def test_streams_of_a_notebook_and_of_an_ascii_terminal():
 
 def test_a_killed_loader_and_a_broken_picture_end_the_run(start, folder):
     kill = "os.kill(multiprocessing.active_children()[0].pid, 9) or time.sleep(5)"
-    prelude = f"import multiprocessing; third(losses, 'patch_labels', lambda: {kill}, 6)"
+    prelude = f"import multiprocessing; third(losses, 'patch_labels', lambda: {kill}, 5)"
     [process] = start("killed", "--workers=1", "--tpa-steps=0", prelude=prelude)
     one_sentence(ends(process, 1), "DataLoader worker", "killed", "--workers 0")
     (folder / "images/train/3.jpg").write_bytes(b"\xff\xd8 no more")

@@ -18,24 +18,24 @@ def figures(monkeypatch):
 
 def test_colours_can_be_told_apart():
     """Also from white lines, and from black: no label. No two of 847 are the same."""
-    colours = np.vstack([[(0, 0, 0), (255, 255, 255)], pictures.palette()[:847]]).astype(float)
+    colours = np.vstack([[(0, 0, 0), (255, 255, 255)], pictures.PALETTE[:847]]).astype(float)
     distance = np.linalg.norm(colours[:, None] - colours, axis=-1) + 1e9 * np.eye(len(colours))
     for count, apart in ((20, 45), (52, 45), (847, 10)):
         assert distance[:count + 2, :count + 2].min() > apart
-    assert not pictures.palette()[IGNORE].any()
+    assert not pictures.PALETTE[IGNORE].any()
 
 
 def test_labels_are_painted_in_their_colours():
     labels = np.array([[0, 1], [IGNORE, 2000]])
     painted = np.asarray(pictures.paint(labels))
-    assert (painted == pictures.palette()[[[0, 1], [-1, 2000 % 1024]]]).all()
+    assert (painted == pictures.PALETTE[[[0, 1], [-1, 2000 % 1024]]]).all()
     labels = np.zeros((40, 60), np.int64)
     labels[:, 30:] = 1
     labels[:3] = IGNORE
     drawn = np.asarray(pictures.overlay(Image.new("RGB", (60, 40), "gray"), labels))
     white = (drawn == 255).all(-1)
     assert white[3:, 29].all() and white[2].all() and white.sum() == 37 + 60  # the lines between
-    assert abs(drawn[9, 9] - 0.4 * 128 - 0.6 * pictures.palette()[0]).max() <= 1
+    assert abs(drawn[9, 9] - 0.4 * 128 - 0.6 * pictures.PALETTE[0]).max() <= 1
     black, mask = Image.new("RGB", (8, 4), "black"), np.array([[True, False]])
     kept = np.asarray(pictures.highlight(black, mask))
     assert (kept[:, :4] == 0).all() and (kept[:, 4:] > 200).all()
@@ -50,7 +50,7 @@ def test_a_legend_names_the_largest_and_counts_the_rest(tmp_path, figures):
     (drawn,) = figures[0].legends
     assert [text.get_text().strip() for text in drawn.get_texts()] == texts
     colours = [patch.get_facecolor() for patch in drawn.get_patches()]
-    assert np.allclose(colours[0][:3], pictures.palette()[2] / 255) and colours[2] == (0, 0, 0, 1)
+    assert np.allclose(colours[0][:3], pictures.PALETTE[2] / 255) and colours[2] == (0, 0, 0, 1)
     many = pictures.legend([f"n{i}" for i in range(30)], [np.arange(30)[None]], ["n1"])
     texts = [patch.get_label() for patch in many]
     assert len(texts) == 13 and texts[:2] == [" n0", " n1 *"] and texts[-1] == " and 18 more"

@@ -167,9 +167,10 @@ def test_pictures_and_masks_are_turned_as_their_own_exif_says(folder, monkeypatc
 
 
 def test_masks_of_inverted_values_are_refused(folder):
-    mask = Image.fromarray(np.ones((60, 80), np.uint8))
-    mask.save(folder / "masks/train/0.png", "TIFF", tiffinfo={262: 0})
-    refused("values are inverted: WhiteIsZero", trained(folder).load, 0)
+    for mode in ("L", "1"):
+        mask = Image.new(mode, (80, 60), 1)
+        mask.save(folder / "masks/train/0.png", "TIFF", tiffinfo={262: 0})
+        refused("values are inverted: WhiteIsZero", trained(folder).load, 0)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

@@ -101,12 +101,13 @@ def load_clip(clip, pretrained):
     tag of open_clip ("openai" is downloaded once), or a file. Raises UserError, also for weights
     that are not finite or were trained under other conventions (`check_conventions`)."""
     with reading(f"--pretrained {pretrained}", f"weights of --clip {clip}"):
-        sizes, openai = clip_config(clip), open_clip.get_pretrained_cfg(clip, "openai")
-        if not pretrained:  # open_clip would take random weights
-            raise ValueError("it is empty")
-        if not Path(pretrained).is_file():
-            check_conventions(open_clip.get_pretrained_cfg(clip, pretrained), sizes)
+        sizes = clip_config(clip)
+        tag, openai = (open_clip.get_pretrained_cfg(clip, name) for name in (pretrained, "openai"))
+        if tag:
+            check_conventions(tag, sizes)
             return open_clip.create_model(clip, pretrained)
+        if not Path(pretrained).is_file():
+            raise ValueError("it is no file, and no tag that open_clip has for this CLIP")
         # OpenAI's files are programs (TorchScript), known by their SHA-256; no other one is opened
         if digest(pretrained) in openai.get("url", ""):
             check_conventions(openai, sizes)
@@ -114,11 +115,10 @@ def load_clip(clip, pretrained):
         else:
             beside = Path(pretrained).with_name("open_clip_config.json")
             config = json.loads(beside.read_text()) if beside.is_file() else {}
-            if clip != "tiny":
-                if not config:
-                    accidents.say(f"note: {pretrained} is taken to have the GELU of --clip {clip}")
-                check_conventions(
-                    config.get("model_cfg", {}) | config.get("preprocess_cfg", {}), sizes)
+            if clip != "tiny" and not config:
+                accidents.say(f"note: {pretrained} is taken to have the GELU of --clip {clip}")
+            about = config.get("model_cfg", {}) | config.get("preprocess_cfg", {})
+            check_conventions(about, sizes)
             state = open_clip.factory.load_state_dict(pretrained)
         network = open_clip.model.CLIP(**sizes)
         network.load_state_dict({name.replace("_orig_mod.", ""): tensor for name, tensor

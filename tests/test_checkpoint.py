@@ -202,8 +202,8 @@ def test_clip_in_published_formats(clip, monkeypatch):
     refusal(checkpoint.load_clip, "ViT-small", "archive.pt")
     with open("archive.pt", "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    openais = dict(url=f"https://x/{digest}/a.pt", quick_gelu=True)
-    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda clip, tag: openais)
+    tags = {"openai": dict(url=f"https://x/{digest}/a.pt", quick_gelu=True)}
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda clip, tag: tags.get(tag, {}))
     for name in ("plain.pt", "training.pt", "model.safetensors", "archive.pt"):
         loaded, tolerance = checkpoint.load_clip("ViT-small", name), 1e-3 * (name == "archive.pt")
         torch.testing.assert_close(dict(loaded.state_dict()), state, rtol=tolerance, atol=tolerance)

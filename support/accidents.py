@@ -22,8 +22,8 @@ stop_asked = False  # by a signal during training
 
 @contextlib.contextmanager
 def door():
-    """Context manager for a main function. On a UserError, a full GPU, a killed data loader or the
-    loss of another process, print one sentence and exit with status 1; on a signal, exit with 130.
+    """Context manager for a main function. On a UserError, too little memory, a killed data loader
+    or the loss of another process, print one sentence and exit with status 1; on a signal, exit with 130.
     Any other exception is a bug and keeps its traceback."""
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     answer_signals(signal.default_int_handler)  # raises KeyboardInterrupt
@@ -38,10 +38,10 @@ def door():
     except KeyboardInterrupt:
         status, message = 130, "stopped"
     except (MemoryError, RuntimeError) as e:
-        first_line = str(e).strip().partition("\n")[0] or "out of memory"
-        if re.search("out of memory|allocate memory", first_line):
-            message = (f"error: {first_line}; in training, --accumulate 2 halves the images in a "
-                       "forward pass")
+        first_line = str(e).strip().partition("\n")[0]
+        if isinstance(e, MemoryError) or re.search("out of memory|allocate memory", first_line):
+            message = (f"error: too little memory ({first_line}); in training, --accumulate 2 "
+                       "halves the images in a forward pass")
         elif first_line.startswith("DataLoader worker"):  # it was killed
             message = f"error: {first_line} Is there enough memory? Try --workers 0"
         elif dist.is_initialized() and re.search("gloo|nccl", str(e), re.IGNORECASE):

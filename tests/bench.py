@@ -26,6 +26,7 @@ import losses  # noqa: E402
 from ema import MomentumEncoder  # noqa: E402
 from model import build  # noqa: E402
 from sources.benchmarks import CLASSES  # noqa: E402
+from support import accidents  # noqa: E402
 
 
 def setup(device, names, clip="ViT-B-16-quickgelu", size=384, channels=128, batch=1):
@@ -94,6 +95,7 @@ def count_flops(K):
 
 def measure(K):
     """Seconds of a step, the third, and the peak of resident memory in GB."""
+    accidents.start_processes()  # memory is kept as in a run
     inputs = setup("cpu", class_names(K))
     for _ in range(3):
         inputs[0].zero_grad()

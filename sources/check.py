@@ -64,7 +64,8 @@ def main():
     parser.add_argument("--split", choices=("train", "val"), help="default: both")
     args = parser.parse_args()
     for name in args.names:
-        colours, splits = set(), ["val"] if name == "voc-20b" else ["train", "val"]
+        colours = set()
+        splits = ["val"] if name == "voc-20b" else ["train", "val"]
         for split in [args.split] if args.split else splits:
             check(data.open_dataset(name, args.data_root, split), f"{name} {split}", colours)
 

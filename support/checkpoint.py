@@ -165,6 +165,8 @@ def resume(path, model, original, momentum, optimiser, scaler, log, args, names,
     found = None if args["restart"] else digest(path)
     accidents.agree({f"the digest of {path}": found})
     if found is None:
+        if not args["restart"] and path.with_name("results.json").exists():
+            raise UserError(f"{path.parent} holds results, but no {path.name}: use another --out")
         return None
     state = read(path)
     with reading(path, "a checkpoint to resume from"):

@@ -89,6 +89,9 @@ def test_what_is_saved_is_resumed(saved, make):
     for k in ("model", "momentum"):
         assert_equal(run[k].state_dict(), again[k].state_dict())
     assert checkpoint.resume(path.with_name("none.pt"), **again) is None
+    path.with_name("results.json").touch()
+    assert "holds results, but no" in refusal(
+        functools.partial(checkpoint.resume, path.with_name("none.pt"), **again))
 
 
 def test_weights_are_loaded_from_a_compiled_model_and_not_from_another_clip(saved, make):

@@ -197,9 +197,9 @@ def project(layer, x, guidance):
     once and broadcast."""
     C = x.shape[-1]
     v_weight = F.pad(layer.v.weight, (0, C))  # [C,2C], zero for guidance
-    weight = torch.cat([layer.q.weight, layer.k.weight, v_weight]).to(x.dtype)  # [3C,2C]
+    weights = torch.cat([layer.q.weight, layer.k.weight, v_weight]).to(x.dtype).split(C, 1)
     bias = torch.cat([layer.q.bias, layer.k.bias, layer.v.bias])
-    qkv = F.linear(x, weight[:, :C]) + F.linear(guidance, weight[:, C:], bias)  # [...,3C]
+    qkv = F.linear(x, weights[0]) + F.linear(guidance, weights[1], bias)  # [...,3C]
     return qkv.unflatten(-1, (3, layer.heads, -1)).unbind(-3)
 
 

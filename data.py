@@ -122,13 +122,9 @@ def read_names(classes, flag="--classes"):
     return list(names)
 
 
-def count_labels(pixel_labels, num_classes):
-    """Labels of any shape -> pixels of each class, and of IGNORE at the end: [num_classes + 1]."""
-    return np.bincount(np.ravel(pixel_labels) % (num_classes + 1), minlength=num_classes + 1)
-
-
 def doubt_about_255(dataset, counts):
-    """A warning if the user's masks seem to store a class as 255, or "". counts: `count_labels`."""
+    """A warning if the user's masks seem to store a class as 255, or "". counts: pixels of each
+    class, and of IGNORE at the end."""
     absent = [name for name, n in zip(dataset.evaluated, counts) if n == 0]
     # as with masks of 0 and 255: all classes but one have pixels, or only one has
     one_apart = absent and len(absent) in (1, len(dataset.evaluated) - 1)

@@ -208,7 +208,7 @@ def evaluate(model, dataset, seen=None, zero_shot=False, rank=0, world=1):
     """`summary` of a dataset. Each of the processes (world) takes every world-th image."""
     text = encode_names(model.eval(), dataset.names)
     K = len(dataset.evaluated)
-    total = torch.zeros(K + 1, K + 1, dtype=torch.int64, device=text.device)  # K: IGNORE
+    total = torch.zeros(K + 1, K + 1, dtype=torch.int64, device=text.device)  # row K: IGNORE
     for i in tqdm(range(rank, len(dataset), world), "evaluating", disable=rank > 0, leave=False):
         if accidents.stop_asked:
             raise KeyboardInterrupt

@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -21,7 +22,8 @@ from support.files import UserError
 def inspect(dataset, i):
     """Item i: (pixels of each class and of IGNORE, its mask's palette), or the error it raises."""
     try:
-        counts = data.count_labels(dataset.load(i)[1], len(dataset.evaluated))
+        bins = len(dataset.evaluated) + 1  # the last one is for IGNORE, which is -1
+        counts = np.bincount(dataset.load(i)[1].ravel() % bins, minlength=bins)
         if hasattr(dataset, "pairs") and dataset.layout.read is readers.read_mask:
             return counts, readers.read_palette(dataset.pairs[i][1])
         return counts, {}
